@@ -1,0 +1,192 @@
+//! The one way to storage and to the clock.
+//!
+//! Everything durable goes through [`Files`] and [`File`]. [`real`] is Linux;
+//! [`record`] is a file system in memory that knows what was synced and can
+//! produce every state a power cut may leave, and injects faults. The journal's
+//! engine (`uring`, `blocking`) moves the same files' bytes asynchronously.
+//!
+//! Errors are final for the file they happened on (decision 9): [`Latched`]
+//! remembers the first failed write or sync, and every later write or sync of
+//! that file reports it.
+
+use std::fmt::Debug;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+pub mod real;
+
+/// Where time comes from. Pure parts take values, never the clock.
+pub trait Clock: Send + Sync + Debug {
+    /// Microseconds since some start, never going back.
+    fn mono_us(&self) -> u64;
+    /// Microseconds since 1970-01-01 UTC; may jump.
+    fn wall_us(&self) -> u64;
+}
+
+/// One open file. All offsets and lengths are bytes. Calls are complete or
+/// failed: short transfers and EINTR are looped over inside.
+pub trait File: Send + Sync + Debug {
+    /// Fills `buf`; past the end it is an `UnexpectedEof`.
+    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+    /// Writes all of `data`. Durable only after a later successful sync.
+    fn write_all_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+    /// Writes `parts` one behind the other from `offset`.
+    fn write_vectored_at(&self, mut offset: u64, parts: &[&[u8]]) -> io::Result<()> {
+        for part in parts {
+            self.write_all_at(offset, part)?;
+            offset += part.len() as u64;
+        }
+        Ok(())
+    }
+    /// fdatasync: data and what is needed to read it back is durable.
+    fn sync_data(&self) -> io::Result<()>;
+    /// Length in bytes (of a block device: its size).
+    fn len(&self) -> io::Result<u64>;
+    /// Whether the file has no bytes.
+    fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+    /// Truncates or extends with a hole.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+    /// Allocates the range without changing what it reads as.
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Deallocates where it can; the range reads as zeroes afterwards, always.
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
+    /// Next allocated range at or after `offset`: `(start, end)`, or None when
+    /// only a hole is left. Valid for data that was synced first.
+    fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>>;
+    /// The descriptor, for io_uring; None for a simulated file.
+    fn fd(&self) -> Option<BorrowedFd<'_>>;
+}
+
+/// How to open a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Open {
+    /// Must exist.
+    Read,
+    /// Must exist.
+    ReadWrite,
+    /// Must not exist (O_EXCL).
+    CreateNew,
+    /// Created if missing, kept if not.
+    Create,
+    /// Must exist; O_DIRECT where the file system takes it.
+    Direct,
+}
+
+/// A file system. Names made or removed are durable after [`Files::sync_dir`].
+pub trait Files: Send + Sync + Debug {
+    /// Opens a file.
+    fn open(&self, path: &Path, how: Open) -> io::Result<Arc<dyn File>>;
+    /// Replaces `to` by `from`, atomically.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Removes a file.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+    /// Makes a folder and its missing parents.
+    fn create_dir_all(&self, path: &Path) -> io::Result<()>;
+    /// Removes a folder with everything in it.
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()>;
+    /// Names (last part only) in a folder, sorted.
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
+    /// Makes the names in `dir` durable.
+    fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+    /// Whether the path exists.
+    fn exists(&self, path: &Path) -> bool;
+    /// Bytes free for us on the file system that holds `path`.
+    fn free_bytes(&self, path: &Path) -> io::Result<u64>;
+}
+
+/// Writes `data` to `path` so that after a crash either the old or the new
+/// content is there: temporary file, sync, rename, sync of the folder.
+pub fn replace_file(files: &dyn Files, path: &Path, data: &[u8]) -> io::Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".new");
+    let temporary = PathBuf::from(temporary);
+    if files.exists(&temporary) {
+        files.remove(&temporary)?;
+    }
+    let file = files.open(&temporary, Open::CreateNew)?;
+    file.write_all_at(0, data)?;
+    file.sync_data()?;
+    files.rename(&temporary, path)?;
+    match path.parent() {
+        Some(dir) => files.sync_dir(dir),
+        None => Ok(()),
+    }
+}
+
+/// Reads a whole file of at most `max` bytes.
+pub fn read_file(files: &dyn Files, path: &Path, max: u64) -> io::Result<Vec<u8>> {
+    let file = files.open(path, Open::Read)?;
+    let len = file.len()?;
+    if len > max {
+        let message = format!("{} is {len} bytes; at most {max} are expected", path.display());
+        return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+    }
+    let mut data = vec![0; len as usize];
+    file.read_exact_at(0, &mut data)?;
+    Ok(data)
+}
+
+/// A file whose first failed write or sync is remembered for ever (decision 9).
+#[derive(Debug)]
+pub struct Latched {
+    inner: Arc<dyn File>,
+    failed: OnceLock<io::ErrorKind>,
+}
+
+impl Latched {
+    /// Wraps `inner`.
+    pub fn new(inner: Arc<dyn File>) -> Self {
+        Self { inner, failed: OnceLock::new() }
+    }
+
+    /// The first failure, if there was one.
+    pub fn failure(&self) -> Option<io::ErrorKind> {
+        self.failed.get().copied()
+    }
+
+    fn guard<T>(&self, act: impl FnOnce(&dyn File) -> io::Result<T>) -> io::Result<T> {
+        if let Some(kind) = self.failed.get() {
+            return Err(io::Error::new(*kind, "an earlier write or sync of this file failed"));
+        }
+        act(self.inner.as_ref()).inspect_err(|error| {
+            let _ = self.failed.set(error.kind());
+        })
+    }
+}
+
+impl File for Latched {
+    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.inner.read_exact_at(offset, buf)
+    }
+    fn write_all_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.guard(|f| f.write_all_at(offset, data))
+    }
+    fn write_vectored_at(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
+        self.guard(|f| f.write_vectored_at(offset, parts))
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        self.guard(|f| f.sync_data())
+    }
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.guard(|f| f.set_len(len))
+    }
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.inner.allocate(offset, len)
+    }
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.guard(|f| f.punch(offset, len))
+    }
+    fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        self.inner.next_data(offset)
+    }
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.fd()
+    }
+}

@@ -1,0 +1,232 @@
+//! Linux behind the [`Files`] and [`File`] traits, by plain system calls.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
+use rustix::io::Errno;
+
+use super::{Clock, File, Files, Open};
+
+/// The machine's clocks.
+#[derive(Debug)]
+pub struct RealClock {
+    start: Instant,
+}
+
+impl RealClock {
+    /// A clock whose monotonic time starts now.
+    #[expect(clippy::disallowed_methods, reason = "the one place that reads the clock")]
+    #[expect(clippy::new_without_default, reason = "reading the clock is not a default value")]
+    pub fn new() -> Self {
+        Self { start: Instant::now() }
+    }
+}
+
+impl Clock for RealClock {
+    fn mono_us(&self) -> u64 {
+        self.start.elapsed().as_micros() as u64
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "the one place that reads the clock")]
+    fn wall_us(&self) -> u64 {
+        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_micros() as u64)
+    }
+}
+
+/// A file or block device of this machine.
+#[derive(Debug)]
+pub struct RealFile {
+    file: std::fs::File,
+    device: bool,
+}
+
+impl RealFile {
+    /// Takes an open file.
+    pub fn new(file: std::fs::File) -> io::Result<Self> {
+        let device = file.metadata()?.file_type().is_block_device();
+        Ok(Self { file, device })
+    }
+
+    /// Whether it is a block device.
+    pub fn is_device(&self) -> bool {
+        self.device
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
+        const STEP: u64 = 1 << 20;
+        let zeroes = vec![0; STEP.min(len) as usize];
+        let mut done = 0;
+        while done < len {
+            let now = STEP.min(len - done);
+            self.file.write_all_at(&zeroes[..now as usize], offset + done)?;
+            done += now;
+        }
+        Ok(())
+    }
+}
+
+impl File for RealFile {
+    fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+
+    fn write_all_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(data, offset)
+    }
+
+    fn write_vectored_at(&self, mut offset: u64, parts: &[&[u8]]) -> io::Result<()> {
+        let mut slices: Vec<IoSlice<'_>> = parts.iter().map(|p| IoSlice::new(p)).collect();
+        let mut rest = slices.as_mut_slice();
+        while !rest.is_empty() {
+            let now = rest.len().min(IOV_MAX);
+            match rustix::io::pwritev(&self.file, &rest[..now], offset) {
+                Ok(0) if rest[..now].iter().any(|s| !s.is_empty()) => {
+                    return Err(io::ErrorKind::WriteZero.into());
+                }
+                Ok(done) => {
+                    offset += done as u64;
+                    IoSlice::advance_slices(&mut rest, done);
+                }
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        if self.device {
+            return Ok(rustix::fs::seek(&self.file, SeekFrom::End(0))?);
+        }
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        Ok(rustix::fs::fallocate(&self.file, FallocateFlags::empty(), offset, len)?)
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(&self.file, hole, offset, len) {
+            Ok(()) => Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NODEV | Errno::NOSYS) => self.write_zeroes(offset, len),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        let size = self.len()?;
+        if offset >= size {
+            return Ok(None);
+        }
+        if self.device {
+            return Ok(Some((offset, size)));
+        }
+        let start = match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(None),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some((offset, size))),
+            Err(error) => return Err(error.into()),
+        };
+        let end = rustix::fs::seek(&self.file, SeekFrom::Hole(start))?;
+        Ok(Some((start, end)))
+    }
+
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
+    }
+}
+
+/// The machine's file systems.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RealFiles;
+
+impl Files for RealFiles {
+    fn open(&self, path: &Path, how: Open) -> io::Result<Arc<dyn File>> {
+        Ok(Arc::new(open_real(path, how)?))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        std::fs::rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        std::fs::remove_file(path)
+    }
+
+    fn create_dir_all(&self, path: &Path) -> io::Result<()> {
+        std::fs::create_dir_all(path)
+    }
+
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
+        std::fs::remove_dir_all(path)
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(dir)? {
+            names.push(entry?.file_name().to_string_lossy().into_owned());
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        std::fs::File::open(dir)?.sync_all()
+    }
+
+    fn exists(&self, path: &Path) -> bool {
+        path.exists()
+    }
+
+    fn free_bytes(&self, path: &Path) -> io::Result<u64> {
+        let stat = rustix::fs::statvfs(path)?;
+        Ok(stat.f_bavail * stat.f_frsize)
+    }
+}
+
+/// Opens a real file; `Open::Direct` falls back to buffered where the file
+/// system refuses O_DIRECT (tmpfs before 6.6, some FUSE).
+pub fn open_real(path: &Path, how: Open) -> io::Result<RealFile> {
+    let mut options = std::fs::OpenOptions::new();
+    options.read(true).mode(0o600);
+    match how {
+        Open::Read => {}
+        Open::ReadWrite => {
+            options.write(true);
+        }
+        Open::CreateNew => {
+            options.write(true).create_new(true);
+        }
+        Open::Create => {
+            options.write(true).create(true).truncate(false);
+        }
+        Open::Direct => {
+            options.write(true).custom_flags(OFlags::DIRECT.bits() as i32);
+            match options.open(path) {
+                Err(e) if e.kind() == io::ErrorKind::InvalidInput => options.custom_flags(0),
+                other => return RealFile::new(other?),
+            };
+        }
+    }
+    RealFile::new(options.open(path)?)
+}
+
+/// Linux takes at most this many slices in one call (UIO_MAXIOV).
+const IOV_MAX: usize = 1024;

@@ -1,0 +1,3 @@
+//! The journal: on-disk ring of chunks that hold batches of records.
+
+pub mod format;

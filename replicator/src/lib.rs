@@ -1,0 +1,3 @@
+//! Steps 7 and 8 of the walk of one write: from the journal to the target.
+
+pub mod wire;
