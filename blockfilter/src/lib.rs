@@ -15,7 +15,8 @@
 //! replicator is another process that reads the journal.
 
 pub mod block;
+pub mod config;
+pub mod control;
 pub mod engine;
 pub mod journal;
 pub mod names;
-

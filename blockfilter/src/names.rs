@@ -60,7 +60,9 @@ impl fmt::Display for Name {
 
 /// The text is not a valid name; it is shown shortened.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a name: use 1 to 63 of a-z, 0-9, '_' and '-', starting with a letter or digit")]
+#[error(
+    "{0:?} is not a name: use 1 to 63 of a-z, 0-9, '_' and '-', starting with a letter or digit"
+)]
 pub struct NameError(pub String);
 
 /// Longest name, in bytes.

@@ -70,8 +70,19 @@ impl RecOp {
 /// In the journal `payload_off` counts from the start of the batch; in a frame
 /// it counts from the start of the uncompressed payload. Records without
 /// payload (Zero, Trim, Resize, Nop) have `payload_off` and `crc` 0.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
+)]
 #[repr(C)]
 pub struct RecDesc {
     /// A [`RecOp`].
@@ -127,8 +138,19 @@ impl RecDesc {
 }
 
 /// Head of a batch (one group commit, or part of one). 128 bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
+)]
 #[repr(C)]
 pub struct BatchHdr {
     /// [`BATCH_MAGIC`].
@@ -175,8 +197,19 @@ pub const BATCH_FLUSH: u8 = 4;
 pub const BATCH_MARK: u8 = 8;
 
 /// Head of a chunk. 4 KiB on disk, the rest zero.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
+)]
 #[repr(C)]
 pub struct ChunkHdr {
     /// [`CHUNK_MAGIC`].
@@ -200,8 +233,9 @@ pub struct ChunkHdr {
 }
 
 /// One disk of the group, in the super block. 96 bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 #[repr(C)]
 pub struct SuperDisk {
     /// Random id, given at protect time.
@@ -215,8 +249,19 @@ pub struct SuperDisk {
 }
 
 /// An incarnation that ended, and where. 16 bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
+)]
 #[repr(C)]
 pub struct History {
     /// The incarnation.
@@ -226,8 +271,9 @@ pub struct History {
 }
 
 /// The super block. 4096 bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 #[repr(C)]
 pub struct JournalSuper {
     /// [`SUPER_MAGIC`].
@@ -275,7 +321,7 @@ pub struct JournalSuper {
     /// The disks, in the order of their index.
     pub disks: [SuperDisk; DISKS_MAX],
     /// 0.
-    pub reserved: [u8; 296],
+    pub reserved: [u8; 328],
 }
 
 /// Nothing is retained for a target: none was ever seeded.
