@@ -85,7 +85,7 @@ pub struct FrameHdr {
     /// this frame included; lower disk indexes are complete.
     pub cursor: U64,
     /// 0.
-    pub reserved: [U64; 3],
+    pub reserved: [U64; 4],
 }
 
 /// Kinds of frames.
