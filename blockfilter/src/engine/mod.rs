@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 pub mod real;
+pub mod record;
 
 /// Where time comes from. Pure parts take values, never the clock.
 pub trait Clock: Send + Sync + Debug {
