@@ -20,3 +20,4 @@ pub mod control;
 pub mod engine;
 pub mod journal;
 pub mod names;
+pub mod nbd;
