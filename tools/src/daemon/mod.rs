@@ -1,0 +1,80 @@
+//! The processes: agent and target, what they have in common, and the
+//! processes that the agent starts.
+//!
+//! | part | module |
+//! |---|---|
+//! | local control sockets: one JSON document a line, each way | [`control`] |
+//! | one process of a role at a time; starting, finding, stopping one | [`process`] |
+//! | when to start a process again | [`supervise`] |
+//!
+//! Nothing here is on the data path: a daemon may be killed at any time, the
+//! filters it started keep serving, and the next one finds them (ruling 21).
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use crate::errors::{Failure, IoContext, Outcome};
+
+pub mod control;
+pub mod process;
+pub mod supervise;
+
+/// Becomes true when the process is asked to stop (SIGTERM, SIGINT, SIGHUP).
+pub fn stop_flag() -> Outcome<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in
+        [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT, signal_hook::consts::SIGHUP]
+    {
+        signal_hook::flag::register(signal, stop.clone()).failed("cannot watch for signals")?;
+    }
+    Ok(stop)
+}
+
+/// Waits for `stop`, calling `every` about each `period`.
+pub fn run_until(stop: &AtomicBool, period: Duration, mut every: impl FnMut()) {
+    while !stop.load(Ordering::SeqCst) {
+        every();
+        // A signal ends the sleep early only in this thread; the period bounds the delay.
+        std::thread::sleep(period);
+    }
+}
+
+/// Tells systemd; without systemd it does nothing.
+pub fn notify_ready(line: &str) {
+    let state = [sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status(line)];
+    if let Err(error) = sd_notify::notify(false, &state) {
+        tracing::warn!(%error, "cannot notify systemd");
+    }
+}
+
+/// Tells systemd that the process is going.
+pub fn notify_stopping() {
+    let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
+}
+
+/// Makes a folder that only its owner may enter.
+pub fn private_dir(dir: &Path) -> Outcome {
+    use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+    let what = || format!("cannot make the folder {}", dir.display());
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).failed(what())?;
+    let mode = std::fs::metadata(dir).failed(what())?.permissions().mode();
+    if mode & 0o077 != 0 {
+        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700)).failed(what())?;
+    }
+    Ok(())
+}
+
+/// A state directory must exist; `make` is the command that makes it.
+pub fn state_dir(dir: &Path, make: &str) -> Outcome {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    Err(Failure::coded(
+        crate::errors::Exit::NotFound,
+        1,
+        format!("there is no state directory {}", dir.display()),
+    )
+    .hint(make))
+}
