@@ -1,3 +1,4 @@
 //! Steps 7 and 8 of the walk of one write: from the journal to the target.
 
+pub mod frame;
 pub mod wire;

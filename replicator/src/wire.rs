@@ -27,6 +27,8 @@ use blockfilter::journal::format::RecDesc;
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+pub use crate::frame::{FrameBuf, FrameError, check_header};
+
 /// Head of every frame. 128 bytes.
 #[derive(
     Clone,
