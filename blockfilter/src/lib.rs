@@ -14,10 +14,14 @@
 //! for its positions. There is no replication code here (decision 4): the
 //! replicator is another process that reads the journal.
 
+pub mod apply;
+pub mod arena;
 pub mod block;
 pub mod config;
 pub mod control;
 pub mod engine;
+pub mod filter;
 pub mod journal;
 pub mod names;
 pub mod nbd;
+pub mod overlay;

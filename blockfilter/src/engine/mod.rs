@@ -15,8 +15,11 @@ use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
+pub mod blocking;
+pub mod queue;
 pub mod real;
 pub mod record;
+pub mod uring;
 
 /// Where time comes from. Pure parts take values, never the clock.
 pub trait Clock: Send + Sync + Debug {

@@ -1,0 +1,216 @@
+//! Planning the write-back of a window of durable records. (pure)
+//!
+//! Of every byte only the newest version in the window is written, in LBA order,
+//! neighbours together. The window is durable in the journal (I3) and its
+//! records leave the overlay only after all of it was written (I10), so readers find
+//! each byte in one of the two.
+
+use std::collections::BTreeMap;
+
+use crate::journal::format::{REC_NO_HOLE, RecDesc, RecOp};
+
+/// One thing to do to a disk's backing file. Of one plan all are disjoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ApplyOp {
+    /// Write the arena's bytes at these journal positions, one behind the other.
+    Write {
+        /// Byte offset on the disk.
+        offset: u64,
+        /// `(position, length)`.
+        parts: Vec<(u64, u64)>,
+    },
+    /// Make the range read as zeroes.
+    Zero {
+        /// Byte offset on the disk.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// Keep it allocated.
+        no_hole: bool,
+    },
+}
+
+/// A sealed batch that is still in the arena.
+#[derive(Clone, Debug)]
+pub struct SealedBatch {
+    /// Its position.
+    pub lsn: u64,
+    /// The position of the next batch.
+    pub end: u64,
+    /// Its header's CRC.
+    pub hdr_crc: u32,
+    /// Its records.
+    pub descs: Box<[RecDesc]>,
+}
+
+/// What to do to each disk (by index) for these batches, oldest first.
+pub fn plan<'a>(
+    batches: impl DoubleEndedIterator<Item = &'a SealedBatch>,
+) -> Vec<(u8, Vec<ApplyOp>)> {
+    let mut disks: BTreeMap<u8, DiskPlan> = BTreeMap::new();
+    for batch in batches.rev() {
+        for desc in batch.descs.iter().rev() {
+            let plan = disks.entry(desc.disk).or_default();
+            let (from, to) = (desc.offset.get(), desc.end());
+            match desc.rec_op() {
+                Some(RecOp::Write) => {
+                    let pos = batch.lsn + u64::from(desc.payload_off.get());
+                    plan.add(from, to, What::Write { pos: pos.wrapping_sub(from) });
+                }
+                Some(op @ (RecOp::Zero | RecOp::Trim)) => {
+                    let no_hole = op == RecOp::Zero && desc.flags.get() & REC_NO_HOLE != 0;
+                    plan.add(from, to, What::Zero { no_hole });
+                }
+                _ => {}
+            }
+        }
+    }
+    disks.into_iter().map(|(disk, plan)| (disk, plan.into_ops())).collect()
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum What {
+    /// Disk byte b is at position `pos + b`, wrapping.
+    Write {
+        pos: u64,
+    },
+    Zero {
+        no_hole: bool,
+    },
+}
+
+/// Disjoint ranges, filled newest first.
+#[derive(Debug, Default)]
+struct DiskPlan {
+    ranges: BTreeMap<u64, (u64, What)>,
+}
+
+impl DiskPlan {
+    /// Adds the parts of `[from, to)` that nothing newer covers.
+    fn add(&mut self, from: u64, to: u64, what: What) {
+        let mut at = from;
+        if let Some((_, (end, _))) = self.ranges.range(..=from).next_back() {
+            at = at.max(*end);
+        }
+        while at < to {
+            let next = self.ranges.range(at..to).next().map(|(start, (end, _))| (*start, *end));
+            let (start, end) = next.unwrap_or((to, to));
+            if at < start {
+                self.ranges.insert(at, (start, what));
+            }
+            at = end;
+        }
+    }
+
+    fn into_ops(self) -> Vec<ApplyOp> {
+        let mut ops: Vec<ApplyOp> = Vec::new();
+        let mut reached = 0;
+        for (from, (to, what)) in self.ranges {
+            let joined = from == reached && join(ops.last_mut(), from, to, what);
+            if !joined {
+                ops.push(match what {
+                    What::Write { pos } => ApplyOp::Write {
+                        offset: from,
+                        parts: vec![(pos.wrapping_add(from), to - from)],
+                    },
+                    What::Zero { no_hole } => {
+                        ApplyOp::Zero { offset: from, len: to - from, no_hole }
+                    }
+                });
+            }
+            reached = to;
+        }
+        ops
+    }
+}
+
+/// Extends the last operation by a range that follows it directly.
+fn join(last: Option<&mut ApplyOp>, from: u64, to: u64, what: What) -> bool {
+    match (last, what) {
+        (Some(ApplyOp::Write { parts, .. }), What::Write { pos }) => {
+            let total: u64 = parts.iter().map(|(_, len)| len).sum();
+            if parts.len() >= PARTS_MAX || total + (to - from) > WRITE_MAX {
+                return false;
+            }
+            let start = pos.wrapping_add(from);
+            match parts.last_mut() {
+                Some((p, len)) if *p + *len == start => *len += to - from,
+                _ => parts.push((start, to - from)),
+            }
+            true
+        }
+        (Some(ApplyOp::Zero { len, no_hole, .. }), What::Zero { no_hole: same })
+            if *no_hole == same =>
+        {
+            *len += to - from;
+            true
+        }
+        _ => false,
+    }
+}
+
+/// Most parts of one write (UIO_MAXIOV is 1024).
+const PARTS_MAX: usize = 512;
+/// Most bytes of one write.
+const WRITE_MAX: u64 = 4 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn desc(op: RecOp, offset: u64, len: u64, payload_off: u64) -> RecDesc {
+        RecDesc {
+            op: op as u8,
+            offset: offset.into(),
+            len: (len as u32).into(),
+            payload_off: (payload_off as u32).into(),
+            ..RecDesc::default()
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_plan_equals_applying_every_record_in_order(
+            recs in prop::collection::vec((prop::bool::weighted(0.8), 0u64..40, 1u64..12), 1..40)
+        ) {
+            let mut disk = vec![0u64; 64];
+            let mut batches = Vec::new();
+            let (mut lsn, mut pos) = (0, 0);
+            for chunk in recs.chunks(5) {
+                let mut descs = Vec::new();
+                for (write, offset, len) in chunk {
+                    let op = if *write { RecOp::Write } else { RecOp::Trim };
+                    descs.push(desc(op, *offset, *len, pos - lsn));
+                    for i in 0..*len {
+                        disk[(offset + i) as usize] = if *write { 1000 + pos + i } else { 7 };
+                    }
+                    pos += len;
+                }
+                batches.push(SealedBatch { lsn, end: pos, hdr_crc: 0, descs: descs.into() });
+                lsn = pos;
+            }
+            let mut found = vec![0u64; 64];
+            let mut touched = 0;
+            for (_, ops) in plan(batches.iter()) {
+                for op in ops {
+                    match op {
+                        ApplyOp::Write { mut offset, parts } => for (pos, len) in parts {
+                            for i in 0..len {
+                                prop_assert_eq!(found[offset as usize], 0, "written twice");
+                                found[offset as usize] = 1000 + pos + i;
+                                offset += 1;
+                                touched += 1;
+                            }
+                        },
+                        ApplyOp::Zero { offset, len, .. } => {
+                            prop_assert!(offset >= touched.min(0));
+                            found[offset as usize..(offset + len) as usize].fill(7);
+                        }
+                    }
+                }
+            }
+            prop_assert_eq!(found, disk);
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! The arena: the one copy of recent data in RAM, in a file on tmpfs.
+//!
+//! A ring of bytes addressed by journal position: position p lives at `p % size`,
+//! so the arena holds the very bytes that the journal gets, batch headers
+//! included. One contiguous range is at once receive buffer, volatile write
+//! cache, source of the journal write, source of the write-back, and what the
+//! replicator reads with `pread`.
+//!
+//! Holds: bytes in `[floor, head)` are never written; bytes in `[head, floor + size)`
+//! belong to the engine thread ([`Arena::fill`]). The floor is raised, and published,
+//! *before* a byte below it is overwritten (ruling 12), so a reader in another
+//! process that copies and then sees `floor` at or below its range has copied
+//! good bytes. The process may die at any instruction: what is below
+//! `published` is complete (decision 2).
+//!
+//! ```text
+//! 0       4 KiB   ArenaHdr
+//! 4 KiB   4 KiB   reserved
+//! 8 KiB   size    ring
+//! ```
+
+#![expect(unsafe_code, reason = "shared memory is reached through raw pointers, here only")]
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use memmap2::{MmapOptions, MmapRaw};
+use rustix::fs::{FallocateFlags, Mode, OFlags};
+use zerocopy::byteorder::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// Identity of an arena. The positions behind it are atomics of their own.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
+)]
+#[repr(C)]
+pub struct ArenaHdr {
+    /// [`ARENA_MAGIC`].
+    pub magic: [u8; 8],
+    /// 1.
+    pub version: U32,
+    /// 0.
+    pub reserved: U32,
+    /// The journal that it belongs to.
+    pub journal_uuid: [u8; 16],
+    /// This boot of the machine: an arena never outlives one.
+    pub boot_id: [u8; 16],
+    /// The journal's incarnation.
+    pub incarnation: U64,
+    /// Bytes in the ring.
+    pub size: U64,
+}
+
+/// Positions kept beside the data, readable by other processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// Open batch's LSN plus its number of records: everything below is complete.
+    Published = 64,
+    /// Lowest position whose bytes are still there.
+    Floor = 72,
+    /// Exclusive end of what is durable in the journal.
+    Durable = 80,
+    /// Exclusive end of what is written to the disks.
+    Applied = 88,
+    /// `hdr_crc` of the last batch below Applied.
+    AppliedCrc = 96,
+}
+
+/// A mapped arena.
+#[derive(Debug)]
+pub struct Arena {
+    map: MmapRaw,
+    size: u64,
+    /// Bytes at and above are writable up to `floor + size`.
+    head: AtomicU64,
+    floor: AtomicU64,
+}
+
+impl Arena {
+    /// Makes a new arena of `size` bytes at `path`, fully allocated (a sparse
+    /// tmpfs file could raise SIGBUS). Replaces an old one.
+    pub fn create(path: &Path, hdr: &ArenaHdr) -> io::Result<Self> {
+        let size = hdr.size.get();
+        assert!(size.is_multiple_of(4096) && size > 0);
+        match std::fs::remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR)?;
+        let file = std::fs::File::from(fd);
+        if let Err(error) = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, RING_AT + size)
+        {
+            let _ = std::fs::remove_file(path);
+            return Err(error.into());
+        }
+        let arena = Self::map(&file, size)?;
+        arena.store_bytes(0, hdr.as_bytes());
+        Ok(arena)
+    }
+
+    /// Opens an existing arena, if there is one of this identity.
+    pub fn open(path: &Path, expect: &ArenaHdr) -> io::Result<Option<Self>> {
+        let file = match std::fs::OpenOptions::new().read(true).write(true).open(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other?,
+        };
+        let size = expect.size.get();
+        if file.metadata()?.len() != RING_AT + size {
+            return Ok(None);
+        }
+        let mut found = ArenaHdr::default();
+        std::os::unix::fs::FileExt::read_exact_at(&file, found.as_mut_bytes(), 0)?;
+        if found != *expect {
+            return Ok(None);
+        }
+        let arena = Self::map(&file, size)?;
+        let published = arena.word(Word::Published);
+        arena.head.store(published.next_multiple_of(4096), Ordering::Relaxed);
+        arena.floor.store(arena.word(Word::Floor), Ordering::Relaxed);
+        Ok(Some(arena))
+    }
+
+    fn map(file: &std::fs::File, size: u64) -> io::Result<Self> {
+        let len = (RING_AT + size) as usize;
+        let map = MmapOptions::new().len(len).map_raw(&file.as_fd())?;
+        Ok(Self { map, size, head: AtomicU64::new(0), floor: AtomicU64::new(0) })
+    }
+
+    /// Bytes in the ring.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// A published position.
+    pub fn word(&self, word: Word) -> u64 {
+        self.atomic(word).load(Ordering::Acquire)
+    }
+
+    /// Publishes a position: all bytes written before are visible to whoever reads it.
+    pub fn set_word(&self, word: Word, value: u64) {
+        self.atomic(word).store(value, Ordering::Release);
+    }
+
+    /// Sets where writing starts: bytes in `[floor, head)` are frozen from now on.
+    pub fn set_bounds(&self, floor: u64, head: u64) {
+        assert!(floor <= head && head - floor <= self.size);
+        self.set_word(Word::Floor, floor);
+        self.floor.store(floor, Ordering::Release);
+        self.head.store(head, Ordering::Release);
+    }
+
+    /// Freezes everything below `head`.
+    pub fn advance_head(&self, head: u64) {
+        assert!(head >= self.head.load(Ordering::Relaxed));
+        assert!(head - self.floor.load(Ordering::Relaxed) <= self.size);
+        self.head.store(head, Ordering::Release);
+    }
+
+    /// Gives up everything below `floor`, and says so to other processes first.
+    pub fn advance_floor(&self, floor: u64) {
+        assert!(floor >= self.floor.load(Ordering::Relaxed));
+        assert!(floor <= self.head.load(Ordering::Relaxed));
+        self.set_word(Word::Floor, floor);
+        std::sync::atomic::fence(Ordering::SeqCst);
+        self.floor.store(floor, Ordering::Release);
+    }
+
+    /// Bytes that can still be written from the head on.
+    pub fn room(&self) -> u64 {
+        self.floor.load(Ordering::Relaxed) + self.size - self.head.load(Ordering::Relaxed)
+    }
+
+    /// Copies `data` to position `pos`, at or above the head. Engine thread only.
+    pub fn fill(&self, pos: u64, data: &[u8]) {
+        let len = data.len() as u64;
+        assert!(pos >= self.head.load(Ordering::Relaxed), "a frozen byte would be written");
+        assert!(pos + len <= self.floor.load(Ordering::Relaxed) + self.size);
+        let at = self.ring_offset(pos, len);
+        self.store_bytes(at, data);
+    }
+
+    /// The frozen or own bytes at `pos`. The slice must not be held across
+    /// [`Arena::advance_floor`] beyond its end or a [`Arena::fill`] of it.
+    pub fn bytes(&self, pos: u64, len: u64) -> &[u8] {
+        assert!(pos >= self.floor.load(Ordering::Acquire), "the bytes were given up");
+        assert!(pos + len <= self.floor.load(Ordering::Acquire) + self.size);
+        let at = self.ring_offset(pos, len);
+        // SAFETY: `at + len` is inside the map (ring_offset asserts it).
+        let from = unsafe { self.map.as_ptr().add(at) };
+        // SAFETY: the bytes below the head are not written while the floor is at or
+        // below `pos`; the engine thread, the only writer, passes other threads
+        // only positions below the head and raises the floor after they are done.
+        unsafe { std::slice::from_raw_parts(from, len as usize) }
+    }
+
+    /// Where a position is in the mapped memory, for registered buffers.
+    pub fn ring_offset(&self, pos: u64, len: u64) -> usize {
+        let at = pos % self.size;
+        assert!(at + len <= self.size, "a range that wraps is never asked for");
+        (RING_AT + at) as usize
+    }
+
+    /// The whole mapping, for registration with io_uring.
+    pub fn mapping(&self) -> (*mut u8, usize) {
+        (self.map.as_mut_ptr(), self.map.len())
+    }
+
+    fn store_bytes(&self, at: usize, data: &[u8]) {
+        assert!(at + data.len() <= self.map.len());
+        // SAFETY: the range is inside the map; the engine thread is the only
+        // writer and no slice of this range is alive (see `fill` and `bytes`).
+        let to = unsafe { self.map.as_mut_ptr().add(at) };
+        // SAFETY: as above; `data` is ordinary memory and cannot overlap the map.
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()) }
+    }
+
+    fn atomic(&self, word: Word) -> &AtomicU64 {
+        let at = word as usize;
+        assert!(at + 8 <= 4096);
+        // SAFETY: inside the first page of the map, 8-aligned (the map is page-aligned).
+        let place = unsafe { self.map.as_mut_ptr().add(at) };
+        // SAFETY: the word is only ever accessed atomically, lives as long as the map.
+        unsafe { AtomicU64::from_ptr(place.cast()) }
+    }
+}
+
+/// The id of this boot, which an arena must carry.
+pub fn boot_id() -> io::Result<[u8; 16]> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let id = uuid::Uuid::parse_str(text.trim()).map_err(io::Error::other)?;
+    Ok(*id.as_bytes())
+}
+
+/// First bytes of an arena.
+pub const ARENA_MAGIC: [u8; 8] = *b"SFARENA1";
+/// Where the ring starts in the file.
+pub const RING_AT: u64 = 8192;
+
+const _: () = assert!(size_of::<ArenaHdr>() == 64);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hdr() -> ArenaHdr {
+        ArenaHdr { magic: ARENA_MAGIC, version: 1.into(), size: 65536.into(), ..Default::default() }
+    }
+
+    #[test]
+    fn an_arena_is_found_again_with_its_bytes_and_words() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        let arena = Arena::create(&path, &hdr()).unwrap();
+        arena.set_bounds(4096, 4096);
+        arena.fill(70_000, b"hello");
+        arena.set_word(Word::Published, 73_728);
+        drop(arena);
+        let arena = Arena::open(&path, &hdr()).unwrap().unwrap();
+        assert_eq!(arena.word(Word::Published), 73_728);
+        arena.set_bounds(65_536, 73_728);
+        assert_eq!(arena.bytes(70_000, 5), b"hello");
+        let other = ArenaHdr { incarnation: 2.into(), ..hdr() };
+        assert!(Arena::open(&path, &other).unwrap().is_none());
+    }
+
+    #[test]
+    #[should_panic(expected = "a frozen byte would be written")]
+    fn frozen_bytes_cannot_be_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let arena = Arena::create(&dir.path().join("a"), &hdr()).unwrap();
+        arena.set_bounds(4096, 4096);
+        arena.advance_head(8192);
+        arena.fill(8000, b"x");
+    }
+}

@@ -1,0 +1,360 @@
+//! The operations of one group's engine, and the threads that carry them out by
+//! plain system calls.
+//!
+//! The group's thread submits [`Op`]s and reaps [`Done`]s; it never blocks. Operations of
+//! one [`Lane`] are carried out in order; lanes are independent. The
+//! filter has at most one apply, one sync, one super block and a handful of
+//! journal writes under way, and reads are bounded by the connections, so
+//! the channels are bounded by what is submitted.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use rustix::event::{EventfdFlags, eventfd};
+use zerocopy::IntoBytes;
+
+use super::{File, Files, replace_file};
+use crate::apply::ApplyOp;
+use crate::arena::Arena;
+use crate::block::Extent;
+use crate::journal::batch::super_offset;
+use crate::journal::format::{JournalSuper, PAGE};
+
+/// Something to do.
+#[derive(Debug)]
+pub enum Op {
+    /// Write the arena's `[pos, pos + len)` at this offset of the journal.
+    JournalWrite {
+        /// Offset in the journal file.
+        at: u64,
+        /// Position.
+        pos: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// Sync the journal.
+    JournalSync,
+    /// Do these to each disk.
+    Apply(Vec<(u8, Vec<ApplyOp>)>),
+    /// Sync each disk that was written since the last time.
+    SyncDisks,
+    /// Write and sync a super block.
+    WriteSuper(Box<JournalSuper>),
+    /// Write the note that the journal is dead.
+    MarkUnjournaled,
+    /// Read these gaps of a disk into `buf`: `(disk offset, bytes, place in buf)`.
+    Read {
+        /// Comes back in the answer.
+        token: u64,
+        /// Disk index.
+        disk: u8,
+        /// What to read.
+        gaps: Vec<(u64, u64, usize)>,
+        /// Filled.
+        buf: Vec<u8>,
+    },
+    /// Allocation of a disk's ranges `(offset, bytes)`.
+    Extents {
+        /// Comes back in the answer.
+        token: u64,
+        /// Disk index.
+        disk: u8,
+        /// Where to look.
+        ranges: Vec<(u64, u64)>,
+    },
+}
+
+/// Something done; the variants answer those of [`Op`].
+#[derive(Debug)]
+pub enum Done {
+    /// One write.
+    JournalWrite(io::Result<()>),
+    /// The sync.
+    JournalSync(io::Result<()>),
+    /// All, or the first disk that failed.
+    Apply(Result<(), (u8, io::Error)>),
+    /// All, or the first disk that failed and how.
+    SyncDisks(Result<(), (u8, io::Error)>),
+    /// The super block.
+    WriteSuper(io::Result<()>),
+    /// The note; a failure to write it is only logged.
+    MarkUnjournaled(io::Result<()>),
+    /// The buffer, filled unless `result` is an error.
+    Read {
+        /// Of the operation.
+        token: u64,
+        /// Of the operation.
+        buf: Vec<u8>,
+        /// Whether it is filled.
+        result: io::Result<()>,
+    },
+    /// One list of extents a range.
+    Extents {
+        /// Of the operation.
+        token: u64,
+        /// In the order of the ranges.
+        result: io::Result<Vec<Vec<Extent>>>,
+    },
+}
+
+/// Carries out operations; see `uring`, `blocking`, and [`Inline`] for tests.
+pub trait Engine: std::fmt::Debug {
+    /// Starts an operation.
+    fn submit(&mut self, op: Op);
+    /// Takes what is done, without waiting.
+    fn reap(&mut self, done: &mut Vec<Done>);
+    /// Readable when there may be something to reap.
+    fn fd(&self) -> BorrowedFd<'_>;
+    /// For `status`: `io_uring`, or `blocking (why)`.
+    fn name(&self) -> String;
+}
+
+/// The files of one group.
+#[derive(Debug)]
+pub struct Target {
+    /// The journal.
+    pub journal: Arc<dyn File>,
+    /// The backing files, by index.
+    pub disks: Vec<Arc<dyn File>>,
+    /// Whether holes of each disk can be believed (ruling 20).
+    pub holes: Vec<bool>,
+    /// Disks written since their last sync.
+    pub dirty: Vec<AtomicBool>,
+    /// The memory.
+    pub arena: Arc<Arena>,
+    /// For the note.
+    pub files: Arc<dyn Files>,
+    /// The note.
+    pub marker: PathBuf,
+}
+
+impl Target {
+    /// Carries out an operation by blocking calls.
+    pub fn execute(&self, op: Op) -> Done {
+        match op {
+            Op::JournalWrite { at, pos, len } => {
+                Done::JournalWrite(self.journal.write_all_at(at, self.arena.bytes(pos, len)))
+            }
+            Op::JournalSync => Done::JournalSync(self.journal.sync_data()),
+            Op::Apply(disks) => Done::Apply(self.apply(&disks)),
+            Op::SyncDisks => Done::SyncDisks(self.sync_disks()),
+            Op::WriteSuper(sup) => Done::WriteSuper(self.write_super(&sup)),
+            Op::MarkUnjournaled => Done::MarkUnjournaled(replace_file(
+                self.files.as_ref(),
+                &self.marker,
+                b"A write or sync of the journal failed. It must not be replayed.\n",
+            )),
+            Op::Read { token, disk, gaps, mut buf } => {
+                let result = gaps.iter().try_for_each(|(offset, len, at)| {
+                    let to = &mut buf[*at..*at + *len as usize];
+                    self.disks[usize::from(disk)].read_exact_at(*offset, to)
+                });
+                Done::Read { token, buf, result }
+            }
+            Op::Extents { token, disk, ranges } => {
+                Done::Extents { token, result: self.extents(disk, &ranges) }
+            }
+        }
+    }
+
+    fn apply(&self, disks: &[(u8, Vec<ApplyOp>)]) -> Result<(), (u8, io::Error)> {
+        for (index, ops) in disks {
+            let disk = &self.disks[usize::from(*index)];
+            self.dirty[usize::from(*index)].store(true, Ordering::Release);
+            for op in ops {
+                let result = match op {
+                    ApplyOp::Write { offset, parts } => {
+                        let slices: Vec<&[u8]> =
+                            parts.iter().map(|(pos, len)| self.arena.bytes(*pos, *len)).collect();
+                        disk.write_vectored_at(*offset, &slices)
+                    }
+                    ApplyOp::Zero { offset, len, no_hole } => {
+                        let done = disk.punch(*offset, *len);
+                        if *no_hole {
+                            done.and_then(|()| disk.allocate(*offset, *len))
+                        } else {
+                            done
+                        }
+                    }
+                };
+                result.map_err(|e| (*index, e))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn sync_disks(&self) -> Result<(), (u8, io::Error)> {
+        for (index, dirty) in self.dirty.iter().enumerate() {
+            if dirty.swap(false, Ordering::AcqRel) {
+                self.disks[index].sync_data().map_err(|e| (index as u8, e))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_super(&self, sup: &JournalSuper) -> io::Result<()> {
+        let mut buf = vec![0; 2 * PAGE as usize];
+        let at = buf.as_ptr().align_offset(PAGE as usize);
+        let page = &mut buf[at..at + PAGE as usize];
+        page.copy_from_slice(sup.as_bytes());
+        self.journal.write_all_at(super_offset(sup.seq.get()), page)?;
+        self.journal.sync_data()
+    }
+
+    /// Holes count only after what we wrote is synced, and only where the file
+    /// system is known to tell the truth (ruling 20).
+    fn extents(&self, disk: u8, ranges: &[(u64, u64)]) -> io::Result<Vec<Vec<Extent>>> {
+        let file = &self.disks[usize::from(disk)];
+        if !self.holes[usize::from(disk)] {
+            let data = |len| vec![Extent { len, hole: false, zero: false }];
+            return Ok(ranges.iter().map(|(_, len)| data(*len)).collect());
+        }
+        file.sync_data()?;
+        ranges.iter().map(|(offset, len)| file_extents(file.as_ref(), *offset, *len)).collect()
+    }
+}
+
+/// Extents of a file's range by SEEK_DATA and SEEK_HOLE.
+pub fn file_extents(file: &dyn File, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
+    let end = offset + len;
+    let mut at = offset;
+    let mut extents = Vec::new();
+    while at < end {
+        let (from, to) = file.next_data(at)?.unwrap_or((end, end));
+        let (from, to) = (from.clamp(at, end), to.min(end));
+        if from > at {
+            extents.push(Extent { len: from - at, hole: true, zero: true });
+        }
+        if to > from {
+            extents.push(Extent { len: to - from, hole: false, zero: false });
+        }
+        at = to.max(from);
+    }
+    Ok(extents)
+}
+
+/// Which thread an operation belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lane {
+    Journal,
+    Disks,
+    Reads,
+}
+
+fn lane_of(op: &Op) -> Lane {
+    match op {
+        Op::JournalWrite { .. } | Op::JournalSync => Lane::Journal,
+        Op::Apply(_) | Op::SyncDisks | Op::WriteSuper(_) | Op::MarkUnjournaled => Lane::Disks,
+        Op::Read { .. } | Op::Extents { .. } => Lane::Reads,
+    }
+}
+
+/// Threads that execute operations and signal an eventfd.
+#[derive(Debug)]
+pub struct Lanes {
+    journal: Sender<Op>,
+    disks: Sender<Op>,
+    reads: Sender<Op>,
+    done: Receiver<Done>,
+    event: Arc<OwnedFd>,
+}
+
+impl Lanes {
+    /// Starts the threads; they end when this is dropped.
+    pub fn start(target: &Arc<Target>, readers: usize) -> io::Result<Self> {
+        let event = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
+        let (to_done, done) = unbounded();
+        let start = |name: &str, count: usize| -> io::Result<Sender<Op>> {
+            let (sender, ops) = bounded::<Op>(LANE_MAX);
+            for _ in 0..count {
+                let (ops, to_done) = (ops.clone(), to_done.clone());
+                let (target, event) = (target.clone(), event.clone());
+                std::thread::Builder::new().name(name.into()).spawn(move || {
+                    for op in ops {
+                        if to_done.send(target.execute(op)).is_err() {
+                            return;
+                        }
+                        let _ = rustix::io::write(&event, &1u64.to_le_bytes());
+                    }
+                })?;
+            }
+            Ok(sender)
+        };
+        let journal = start("sf-journal", 1)?;
+        let disks = start("sf-disks", 1)?;
+        let reads = start("sf-reads", readers)?;
+        Ok(Self { journal, disks, reads, done, event })
+    }
+
+    /// Hands an operation to its thread.
+    pub fn submit(&self, op: Op) {
+        let lane = match lane_of(&op) {
+            Lane::Journal => &self.journal,
+            Lane::Disks => &self.disks,
+            Lane::Reads => &self.reads,
+        };
+        lane.send(op).expect("the threads live as long as their channel");
+    }
+
+    /// Takes what is done and resets the eventfd.
+    pub fn reap(&self, done: &mut Vec<Done>) {
+        let mut count = [0; 8];
+        let _ = rustix::io::read(&self.event, &mut count);
+        done.extend(self.done.try_iter());
+    }
+
+    /// Makes the eventfd readable.
+    pub fn signal(&self) {
+        let _ = rustix::io::write(&self.event, &1u64.to_le_bytes());
+    }
+
+    /// The eventfd.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
+
+/// Executes at once, in the caller's thread: deterministic, for tests.
+#[derive(Debug)]
+pub struct Inline {
+    target: Arc<Target>,
+    done: Vec<Done>,
+    event: OwnedFd,
+}
+
+impl Inline {
+    /// Over any files.
+    pub fn new(target: Arc<Target>) -> io::Result<Self> {
+        let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+        Ok(Self { target, done: Vec::new(), event })
+    }
+}
+
+impl Engine for Inline {
+    fn submit(&mut self, op: Op) {
+        let done = self.target.execute(op);
+        self.done.push(done);
+        let _ = rustix::io::write(&self.event, &1u64.to_le_bytes());
+    }
+
+    fn reap(&mut self, done: &mut Vec<Done>) {
+        let mut count = [0; 8];
+        let _ = rustix::io::read(&self.event, &mut count);
+        done.append(&mut self.done);
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+
+    fn name(&self) -> String {
+        "inline".into()
+    }
+}
+
+/// Operations waiting in a lane; reads are bounded by the connections' limits.
+const LANE_MAX: usize = 1 << 16;

@@ -1,0 +1,985 @@
+//! The order of writes, group commit, and who waits for what. (pure)
+//!
+//! A record gets its LSN when its payload is complete ([`Filter::admit`], I1). It
+//! sits in the open batch; the batch is sealed when it is full or when a commit
+//! is due; sealed bytes go to the journal in one run of writes and one sync;
+//! then they are durable, flush waiters wake, and the records may be applied to the
+//! disks (I3). A checkpoint syncs the disks and then says so in the super block.
+//! After each event [`Filter::poll_action`] hands out what to do next.
+//!
+//! ```text
+//!             target seeded          journal full of unshipped chunks
+//!   [New] ───────────────▶ [Shipping] ───────────────▶ [Frozen]
+//!     ▲ any of these           ▲──────── new seed ─────────┘
+//!     │   journal write or sync fails ─▶ [Unjournaled]: writes go straight to the disks
+//!     └── a disk fails ─▶ [BackingFailed]: that disk refuses writes, journal and arena keep theirs
+//! ```
+//!
+//! Replication trouble never fails or blocks a write: a full journal freezes
+//! (ruling 9). Nothing here does I/O or reads a clock.
+
+use std::collections::VecDeque;
+use std::io;
+
+use zerocopy::IntoBytes;
+
+use crate::apply::SealedBatch;
+use crate::block::Errno;
+use crate::control::{Mode, Positions};
+use crate::journal::batch::{chunk_page, finish_batch, finish_super};
+use crate::journal::chunks::{ChunkGeometry, Slots};
+use crate::journal::format::*;
+use crate::names::Lsn;
+
+/// The memory that positions live in: the arena.
+pub trait Memory {
+    /// Writes bytes at a position that is not frozen.
+    fn fill(&mut self, pos: u64, data: &[u8]);
+    /// Bytes below `head` will not be written again.
+    fn freeze(&mut self, head: u64);
+    /// Everything below this record position is complete.
+    fn publish(&mut self, admitted: u64);
+    /// Bytes below `floor` may be overwritten.
+    fn release(&mut self, floor: u64);
+}
+
+/// A record to admit.
+#[derive(Clone, Copy, Debug)]
+pub struct NewRecord<'a> {
+    /// What it does.
+    pub op: RecOp,
+    /// `REC_*` bits.
+    pub flags: u16,
+    /// Disk index.
+    pub disk: u8,
+    /// Byte offset, a multiple of 512.
+    pub offset: u64,
+    /// Bytes of the range, a multiple of 512 (Mark: of the tag).
+    pub len: u32,
+    /// The payload: `len` bytes for Write and Mark, else empty.
+    pub payload: &'a [u8],
+}
+
+/// A record that got its LSN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Admitted {
+    /// Its LSN.
+    pub lsn: u64,
+    /// The position of its payload.
+    pub pos: u64,
+}
+
+/// Why a record has to wait; nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stall {
+    /// The arena is full of records that are not on the disks.
+    Arena,
+    /// No chunk slot is free.
+    Journal,
+}
+
+/// What to do next. Each is answered by the `handle_*` of the same name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Write the arena's `[pos, pos + len)` at this offset of the journal.
+    JournalWrite {
+        /// Offset in the journal file.
+        at: u64,
+        /// Position.
+        pos: u64,
+        /// Bytes, a multiple of 4 KiB.
+        len: u64,
+    },
+    /// Sync the journal.
+    JournalSync,
+    /// Write the window's records ([`Filter::window`]) to the disks.
+    Apply {
+        /// Exclusive end of the window.
+        to: u64,
+    },
+    /// Sync every disk that was written since the last time.
+    SyncDisks,
+    /// Write this super block, and sync.
+    WriteSuper(Box<JournalSuper>),
+    /// Record durably, outside the journal, that it must never be replayed.
+    MarkUnjournaled,
+}
+
+/// Sizes.
+#[derive(Clone, Copy, Debug)]
+pub struct FilterConfig {
+    /// Of the journal.
+    pub geometry: ChunkGeometry,
+    /// Bytes in the arena.
+    pub arena: u64,
+}
+
+impl FilterConfig {
+    /// Largest payload of one record: larger requests become several records.
+    pub fn record_max(&self) -> u64 {
+        (self.geometry.chunk / 4).min(1 << 20)
+    }
+}
+
+/// Where a filter starts from, as recovery found it.
+#[derive(Debug)]
+pub struct Start {
+    /// The durable super block.
+    pub sup: JournalSuper,
+    /// The chunks in the file.
+    pub slots: Slots,
+    /// Everything below is on the disks (not necessarily synced).
+    pub applied: u64,
+    /// CRC of the batch before `applied`.
+    pub applied_crc: u32,
+    /// Everything below is durable in the journal.
+    pub durable: u64,
+    /// Batches from `applied` on, sealed.
+    pub sealed: Vec<SealedBatch>,
+    /// Records of the open batch, already in the arena.
+    pub open: Vec<RecDesc>,
+    /// The journal must not be used.
+    pub unjournaled: bool,
+}
+
+/// One group's order of writes.
+#[derive(Debug)]
+pub struct Filter {
+    config: FilterConfig,
+    journal_id: u64,
+    open: OpenBatch,
+    prev_crc: u32,
+    sealed: VecDeque<SealedBatch>,
+    segments: VecDeque<Segment>,
+    commit: Option<Commit>,
+    durable: u64,
+    applied: u64,
+    applied_crc: u32,
+    ship_floor: u64,
+    mode: Mode,
+    slots: Slots,
+    sup: JournalSuper,
+    writing_sup: Option<Box<JournalSuper>>,
+    want_sup: bool,
+    marker: Marker,
+    apply: Option<u64>,
+    applied_at: u64,
+    /// Position and CRC that the running sync of the disks will cover.
+    syncing: Option<(u64, u32)>,
+    synced: Option<(u64, u32)>,
+    checkpoint_at: u64,
+    waiters: VecDeque<(u64, u64)>,
+    pressed: Option<Stall>,
+    force_commit: bool,
+    drain: bool,
+    retry_apply_at: u64,
+    failed: [bool; DISKS_MAX],
+    no_space: [bool; DISKS_MAX],
+    wall: u64,
+}
+
+#[derive(Debug)]
+struct OpenBatch {
+    lsn: u64,
+    /// Where the next payload may start.
+    fill: u64,
+    descs: Vec<RecDesc>,
+    since: u64,
+    /// The chunk's header is in the arena.
+    chunk_open: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Segment {
+    pos: u64,
+    len: u64,
+}
+
+#[derive(Debug)]
+struct Commit {
+    end: u64,
+    writes: Vec<Segment>,
+    in_flight: usize,
+    sync: Step,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Due,
+    Running,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Marker {
+    NotNeeded,
+    Due,
+    Running,
+    Done,
+}
+
+/// Where the next record goes.
+struct Place {
+    pad: bool,
+    seal: bool,
+    lsn: u64,
+    pos: u64,
+    end: u64,
+}
+
+impl Filter {
+    /// Continues from what recovery found. `now` is monotonic, microseconds.
+    pub fn new(config: FilterConfig, start: Start, now: u64) -> Self {
+        let journal_id = crate::journal::batch::short_id(&start.sup.journal_uuid);
+        let sealed: VecDeque<SealedBatch> = start.sealed.into();
+        let last = sealed.back();
+        let open_lsn = config.geometry.normal(last.map_or(start.applied, |b| b.end));
+        let prev_crc = last.map_or(start.applied_crc, |b| b.hdr_crc);
+        let mode = match start.sup.mode {
+            _ if start.unjournaled => Mode::Unjournaled,
+            MODE_SHIPPING => Mode::Shipping,
+            MODE_FROZEN => Mode::Frozen,
+            _ => Mode::New,
+        };
+        let fill = start
+            .open
+            .iter()
+            .filter(|d| d.payload_len() > 0)
+            .map(|d| open_lsn + u64::from(d.payload_off.get()) + u64::from(d.payload_len()));
+        let fill = fill.max().unwrap_or(0).max(open_lsn + PAGE);
+        let starts_chunk = open_lsn % config.geometry.chunk == PAGE;
+        let chunk_open = !start.open.is_empty() || !starts_chunk;
+        let open = OpenBatch { lsn: open_lsn, fill, descs: start.open, since: now, chunk_open };
+        let mut filter = Self {
+            config,
+            journal_id,
+            open,
+            prev_crc,
+            sealed,
+            segments: VecDeque::new(),
+            commit: None,
+            durable: start.durable,
+            applied: start.applied,
+            applied_crc: start.applied_crc,
+            ship_floor: start.sup.ship_floor.get(),
+            mode,
+            slots: start.slots,
+            sup: start.sup,
+            writing_sup: None,
+            want_sup: true,
+            marker: if start.unjournaled { Marker::Done } else { Marker::NotNeeded },
+            apply: None,
+            applied_at: now,
+            syncing: None,
+            synced: None,
+            checkpoint_at: now,
+            waiters: VecDeque::new(),
+            pressed: None,
+            force_commit: false,
+            drain: false,
+            retry_apply_at: 0,
+            failed: [false; DISKS_MAX],
+            no_space: [false; DISKS_MAX],
+            wall: 0,
+        };
+        filter.queue_undurable();
+        filter.check();
+        filter
+    }
+
+    /// Everything sealed but not durable is written (again) to the journal.
+    fn queue_undurable(&mut self) {
+        let chunk = self.config.geometry.chunk;
+        let batches: Vec<(u64, u64, bool)> = self
+            .sealed
+            .iter()
+            .filter(|b| b.end > self.durable)
+            .map(|b| (b.lsn, b.end, b.descs.is_empty()))
+            .collect();
+        for (lsn, end, pad) in batches {
+            if lsn % chunk == PAGE {
+                self.slots.assign(lsn);
+                self.push_segment(lsn - PAGE, PAGE);
+            }
+            self.push_segment(lsn, if pad { PAGE } else { end - lsn });
+        }
+        if !self.open.descs.is_empty() && self.open.lsn % chunk == PAGE {
+            self.slots.assign(self.open.lsn);
+            self.push_segment(self.open.lsn - PAGE, PAGE);
+        }
+    }
+
+    /// The wall clock, microseconds since 1970: batches sealed from now on carry it.
+    pub fn set_wall(&mut self, wall_us: u64) {
+        self.wall = wall_us;
+    }
+
+    /// Gives a record its LSN and puts it, complete, into the open batch.
+    pub fn admit(
+        &mut self,
+        rec: &NewRecord<'_>,
+        mem: &mut impl Memory,
+        now: u64,
+    ) -> Result<Admitted, Stall> {
+        let len = rec.payload.len() as u64;
+        assert!(len <= self.config.record_max());
+        let place = self.place(len);
+        if place.end > self.applied + self.config.arena {
+            self.pressed = Some(Stall::Arena);
+            return Err(Stall::Arena);
+        }
+        let journaled = self.mode != Mode::Unjournaled;
+        if journaled && !self.slots.assign(place.lsn) {
+            self.pressed = Some(Stall::Journal);
+            return Err(Stall::Journal);
+        }
+        if place.seal {
+            self.seal(0, mem, now);
+        }
+        if place.pad {
+            self.pad(mem, now);
+        }
+        assert_eq!(self.open.lsn, place.lsn, "I1: the place was computed for this batch");
+        self.open_chunk(mem);
+        let index = self.open.descs.len();
+        let lsn = place.lsn + index as u64;
+        let has_payload = len > 0;
+        let desc = RecDesc {
+            op: rec.op as u8,
+            disk: rec.disk,
+            flags: rec.flags.into(),
+            len: rec.len.into(),
+            offset: rec.offset.into(),
+            lsn: lsn.into(),
+            payload_off: if has_payload { (place.pos - place.lsn) as u32 } else { 0 }.into(),
+            crc: if has_payload { crc32c::crc32c(rec.payload) } else { 0 }.into(),
+            reserved: 0.into(),
+        };
+        mem.fill(place.pos, rec.payload);
+        let at = place.lsn + (size_of::<BatchHdr>() + index * size_of::<RecDesc>()) as u64;
+        mem.fill(at, desc.as_bytes());
+        if index == 0 {
+            self.open.since = now;
+        }
+        self.open.descs.push(desc);
+        self.open.fill = self.open.fill.max(place.pos + len);
+        mem.publish(self.admitted());
+        Ok(Admitted { lsn, pos: place.pos })
+    }
+
+    /// Admits a mark and seals its batch, so that nothing later enters its
+    /// point (ruling 18). Returns the point's position.
+    pub fn admit_mark(
+        &mut self,
+        tag: &[u8],
+        app: bool,
+        mem: &mut impl Memory,
+        now: u64,
+    ) -> Result<u64, Stall> {
+        let flags = if app { REC_APP } else { 0 };
+        let len = tag.len() as u32;
+        let rec = NewRecord { op: RecOp::Mark, flags, disk: 0, offset: 0, len, payload: tag };
+        self.admit(&rec, mem, now)?;
+        self.seal(BATCH_MARK, mem, now);
+        self.force_commit = true;
+        Ok(self.open.lsn)
+    }
+
+    /// Calls `token` back once everything below `pos` is durable; false if it
+    /// is already (I4).
+    pub fn wait_durable(&mut self, pos: u64, token: u64) -> bool {
+        if pos <= self.durable {
+            return false;
+        }
+        debug_assert!(self.waiters.back().is_none_or(|w| w.0 <= pos));
+        self.waiters.push_back((pos, token));
+        true
+    }
+
+    /// Tokens whose wait is over.
+    pub fn poll_waiter(&mut self) -> Option<u64> {
+        let (pos, token) = *self.waiters.front()?;
+        if pos > self.durable {
+            return None;
+        }
+        self.waiters.pop_front();
+        Some(token)
+    }
+
+    /// Exclusive end of the records that have an LSN.
+    pub fn admitted(&self) -> u64 {
+        self.open.lsn + self.open.descs.len() as u64
+    }
+
+    /// Whether writes to a disk must be refused.
+    pub fn refusal(&self, disk: u8) -> Option<Errno> {
+        let disk = usize::from(disk);
+        if self.failed[disk] {
+            Some(Errno::Io)
+        } else if self.no_space[disk] {
+            Some(Errno::NoSpc)
+        } else if self.drain {
+            Some(Errno::Shutdown)
+        } else {
+            None
+        }
+    }
+
+    /// A stalled record will never get room: a disk failed and pins the arena.
+    pub fn stall_is_final(&self) -> bool {
+        self.failed.contains(&true)
+    }
+
+    /// Commit soon, whoever waits.
+    pub fn request_commit(&mut self) {
+        self.force_commit = true;
+    }
+
+    /// Apply everything and mark the journal clean; then [`Filter::drained`].
+    pub fn request_drain(&mut self) {
+        self.drain = true;
+        self.want_sup = true;
+    }
+
+    /// The drain is complete: every disk is a plain image again (I25).
+    pub fn drained(&self) -> bool {
+        let idle = self.commit.is_none() && self.apply.is_none() && self.writing_sup.is_none();
+        let all = self.admitted() == self.open.lsn && self.applied == self.open.lsn;
+        let synced = self.syncing.is_none();
+        match self.mode {
+            Mode::Unjournaled => {
+                self.drain && idle && all && synced && self.durable >= self.applied
+            }
+            _ => self.drain && idle && all && synced && self.sup.clean == 1,
+        }
+    }
+
+    /// The target holds everything below `pos`.
+    pub fn ship_floor(&mut self, pos: u64) {
+        let shipping = match self.mode {
+            Mode::Shipping => true,
+            Mode::BackingFailed => self.sup.mode == MODE_SHIPPING,
+            _ => false,
+        };
+        if shipping && pos <= self.durable {
+            self.ship_floor = self.ship_floor.max(pos);
+            self.recycle();
+        }
+    }
+
+    /// Keeps batches for the target from the returned position on. It holds
+    /// at once; durably after the next super block ([`Filter::super_seq_due`]).
+    pub fn begin_seed(&mut self) -> Option<u64> {
+        if matches!(self.mode, Mode::Unjournaled | Mode::BackingFailed) {
+            return None;
+        }
+        self.mode = Mode::Shipping;
+        self.ship_floor = self.durable;
+        self.want_sup = true;
+        Some(self.durable)
+    }
+
+    /// The sequence number that a super block must reach to hold all that was
+    /// decided until now.
+    pub fn super_seq_due(&self) -> u64 {
+        let written = self.writing_sup.as_ref().map_or(&self.sup, |s| s).seq.get();
+        written + u64::from(self.want_sup)
+    }
+
+    /// The sequence number of the durable super block.
+    pub fn super_seq(&self) -> u64 {
+        self.sup.seq.get()
+    }
+
+    /// The batches to apply up to `to`, oldest first.
+    pub fn window(&self, to: u64) -> impl DoubleEndedIterator<Item = &SealedBatch> {
+        let normal = move |b: &&SealedBatch| self.config.geometry.normal(b.end) <= to;
+        let count = self.sealed.iter().take_while(normal).count();
+        self.sealed.range(..count)
+    }
+
+    /// All positions.
+    pub fn positions(&self, mono_us: u64) -> Positions {
+        let used = usize::from(self.sup.n_history);
+        let history = self.sup.history[..used.min(HISTORY_MAX)].iter();
+        Positions {
+            admitted: Lsn(self.admitted()),
+            durable: Lsn(self.durable),
+            applied: Lsn(self.applied),
+            checkpoint: Lsn(self.sup.checkpoint.get()),
+            ship_floor: Lsn(self.ship_floor),
+            incarnation: self.sup.incarnation.get(),
+            generation: self.sup.generation.get(),
+            history: history.map(|h| (h.incarnation.get(), Lsn(h.end.get()))).collect(),
+            mode: self.mode,
+            mono_us,
+        }
+    }
+
+    /// CRC of the last batch below `applied`, kept in the arena for a restart.
+    pub fn applied_crc(&self) -> u32 {
+        self.applied_crc
+    }
+
+    /// Bytes of chunks that cannot be recycled, and of all slots.
+    pub fn journal_use(&self) -> (u64, u64) {
+        let geometry = self.config.geometry;
+        (u64::from(self.slots.used()) * geometry.chunk, u64::from(geometry.slots) * geometry.chunk)
+    }
+
+    /// What to do now, if anything. Call until None after every event.
+    pub fn poll_action(&mut self, mem: &mut impl Memory, now: u64) -> Option<Action> {
+        if self.mode == Mode::Unjournaled {
+            return self.poll_unjournaled(mem, now);
+        }
+        self.maybe_freeze();
+        self.poll_commit(mem, now)
+            .or_else(|| self.poll_apply(now))
+            .or_else(|| self.poll_checkpoint(now))
+            .or_else(|| self.poll_super())
+    }
+
+    /// When to call [`Filter::poll_action`] again if nothing happens; monotonic microseconds.
+    pub fn poll_timeout(&self) -> Option<u64> {
+        let mut due: Option<u64> = None;
+        let mut at = |t: u64| due = Some(due.map_or(t, |d| d.min(t)));
+        let unsealed = !self.open.descs.is_empty() || !self.segments.is_empty();
+        if unsealed && self.commit.is_none() {
+            at(self.open.since + COMMIT_AFTER);
+        }
+        if self.failed.contains(&true) {
+            return due;
+        }
+        if self.apply_limit() > self.applied && self.apply.is_none() {
+            at((self.applied_at + APPLY_AFTER).max(self.retry_apply_at));
+        }
+        if self.applied > self.sync_reached() && self.syncing.is_none() {
+            at(self.checkpoint_at + CHECKPOINT_AFTER);
+        }
+        due
+    }
+
+    /// What may be applied now ends here (I3).
+    fn apply_limit(&self) -> u64 {
+        if self.mode == Mode::Unjournaled { self.open.lsn } else { self.durable }
+    }
+
+    /// The disks are synced up to here.
+    fn sync_reached(&self) -> u64 {
+        match self.mode {
+            Mode::Unjournaled => self.durable,
+            _ => self.synced.map_or(self.sup.checkpoint.get(), |s| s.0),
+        }
+    }
+
+    fn poll_commit(&mut self, mem: &mut impl Memory, now: u64) -> Option<Action> {
+        if self.commit.is_none() {
+            if !self.commit_due(now) {
+                return None;
+            }
+            let flags = if self.waiters.is_empty() { 0 } else { BATCH_FLUSH };
+            self.seal(flags, mem, now);
+            self.force_commit = false;
+            let writes: Vec<Segment> = self.segments.drain(..).rev().collect();
+            if writes.is_empty() {
+                return None;
+            }
+            let end = self.open.lsn;
+            self.commit = Some(Commit { end, writes, in_flight: 0, sync: Step::Due });
+        }
+        let commit = self.commit.as_mut()?;
+        if let Some(segment) = commit.writes.pop() {
+            commit.in_flight += 1;
+            let at = self.slots.file_offset(segment.pos).expect("I5: its chunk has a slot");
+            return Some(Action::JournalWrite { at, pos: segment.pos, len: segment.len });
+        }
+        if commit.in_flight == 0 && commit.sync == Step::Due {
+            commit.sync = Step::Running;
+            return Some(Action::JournalSync);
+        }
+        None
+    }
+
+    fn commit_due(&self, now: u64) -> bool {
+        if self.open.descs.is_empty() && self.segments.is_empty() {
+            return false;
+        }
+        let bytes = self.open.fill.saturating_sub(self.durable);
+        !self.waiters.is_empty()
+            || self.force_commit
+            || self.drain
+            || self.pressed.is_some()
+            || bytes >= COMMIT_BYTES
+            || now >= self.open.since + COMMIT_AFTER
+    }
+
+    fn poll_apply(&mut self, now: u64) -> Option<Action> {
+        let limit = self.apply_limit();
+        if self.apply.is_some() || limit <= self.applied || now < self.retry_apply_at {
+            return None;
+        }
+        if self.failed.contains(&true) {
+            return None;
+        }
+        let behind = limit - self.applied;
+        let due = self.drain
+            || self.pressed.is_some()
+            || behind >= self.config.arena / 8
+            || now >= self.applied_at + APPLY_AFTER;
+        if !due {
+            return None;
+        }
+        let mut to = self.applied;
+        for batch in &self.sealed {
+            let end = self.config.geometry.normal(batch.end);
+            if end > limit || (end - self.applied > WINDOW_MAX && to > self.applied) {
+                break;
+            }
+            to = end;
+        }
+        if to == self.applied {
+            return None;
+        }
+        assert!(to <= limit, "I3: only durable records are applied");
+        self.apply = Some(to);
+        Some(Action::Apply { to })
+    }
+
+    fn poll_checkpoint(&mut self, now: u64) -> Option<Action> {
+        let reached = self.sync_reached();
+        if self.syncing.is_some() || self.applied <= reached || self.failed.contains(&true) {
+            return None;
+        }
+        let due = self.pressed == Some(Stall::Journal)
+            || self.applied - reached >= CHECKPOINT_BYTES
+            || now >= self.checkpoint_at + CHECKPOINT_AFTER
+            || (self.drain && self.applied == self.open.lsn);
+        if !due {
+            return None;
+        }
+        self.checkpoint_at = now;
+        self.syncing = Some((self.applied, self.applied_crc));
+        Some(Action::SyncDisks)
+    }
+
+    fn poll_super(&mut self) -> Option<Action> {
+        if self.writing_sup.is_some() {
+            return None;
+        }
+        let finished = self.open.descs.is_empty() && self.sync_reached() == self.open.lsn;
+        let clean = self.drain && finished && self.commit.is_none() && self.apply.is_none();
+        if !self.want_sup && self.synced.is_none() && !(clean && self.sup.clean == 0) {
+            return None;
+        }
+        let mut next = self.sup;
+        next.seq = (self.sup.seq.get() + 1).into();
+        next.mode = match self.mode {
+            Mode::Shipping => MODE_SHIPPING,
+            Mode::Frozen => MODE_FROZEN,
+            Mode::BackingFailed => self.sup.mode,
+            Mode::New | Mode::Unjournaled => MODE_NEW,
+        };
+        if next.mode == MODE_FROZEN && self.sup.mode != MODE_FROZEN {
+            next.frozen_at = self.durable.into();
+        }
+        next.clean = u8::from(clean);
+        next.ship_floor = self.ship_floor.into();
+        if let Some((pos, crc)) = self.synced {
+            assert!(pos <= self.durable && pos >= self.sup.checkpoint.get(), "I6");
+            next.checkpoint = pos.into();
+            next.checkpoint_prev_crc = crc.into();
+        }
+        finish_super(&mut next);
+        self.want_sup = false;
+        self.writing_sup = Some(Box::new(next));
+        Some(Action::WriteSuper(Box::new(next)))
+    }
+
+    /// Without a journal, durable means on the disks and synced.
+    fn poll_unjournaled(&mut self, mem: &mut impl Memory, now: u64) -> Option<Action> {
+        match self.marker {
+            Marker::Due => {
+                self.marker = Marker::Running;
+                return Some(Action::MarkUnjournaled);
+            }
+            Marker::Running => return None,
+            Marker::NotNeeded | Marker::Done => {}
+        }
+        if self.commit_due(now) || self.drain {
+            self.seal(0, mem, now);
+            self.segments.clear();
+            self.force_commit = false;
+        }
+        if !self.waiters.is_empty() && self.pressed.is_none() {
+            self.pressed = Some(Stall::Arena);
+        }
+        if let Some(action) = self.poll_apply(now) {
+            return Some(action);
+        }
+        let due =
+            !self.waiters.is_empty() || self.drain || now >= self.checkpoint_at + CHECKPOINT_AFTER;
+        if self.syncing.is_none() && self.apply.is_none() && self.applied > self.durable && due {
+            self.checkpoint_at = now;
+            self.syncing = Some((self.applied, self.applied_crc));
+            return Some(Action::SyncDisks);
+        }
+        None
+    }
+
+    /// One of the commit's journal writes is done.
+    pub fn handle_journal_write(&mut self, result: &io::Result<()>) {
+        match (result, self.commit.as_mut()) {
+            (Err(_), _) => self.lose_journal(),
+            (Ok(()), Some(commit)) => commit.in_flight -= 1,
+            (Ok(()), None) => {}
+        }
+    }
+
+    /// The commit's sync is done: its end is durable.
+    pub fn handle_journal_sync(&mut self, result: &io::Result<()>) {
+        match (result, self.commit.take()) {
+            (Err(_), _) => self.lose_journal(),
+            (Ok(()), Some(commit)) => {
+                assert!(commit.end >= self.durable && commit.writes.is_empty());
+                self.durable = commit.end;
+                self.check();
+            }
+            (Ok(()), None) => {}
+        }
+    }
+
+    /// The window was written to the disks. On an error nothing of it counts.
+    pub fn handle_apply(
+        &mut self,
+        result: Result<(), (u8, io::Error)>,
+        mem: &mut impl Memory,
+        now: u64,
+    ) {
+        let Some(to) = self.apply.take() else { return };
+        self.applied_at = now;
+        if let Err((disk, error)) = result {
+            if error.kind() == io::ErrorKind::StorageFull {
+                self.no_space[usize::from(disk)] = true;
+                self.retry_apply_at = now + RETRY_AFTER;
+            } else {
+                self.lose_disk(disk);
+            }
+            return;
+        }
+        self.no_space = [false; DISKS_MAX];
+        while let Some(batch) = self.sealed.front() {
+            if self.config.geometry.normal(batch.end) > to {
+                break;
+            }
+            self.applied_crc = batch.hdr_crc;
+            self.sealed.pop_front();
+        }
+        self.applied = to;
+        mem.release(to);
+        if self.pressed == Some(Stall::Arena) {
+            self.pressed = None;
+        }
+        self.check();
+    }
+
+    /// The disks are synced up to where the sync started.
+    pub fn handle_sync_disks(&mut self, result: Result<(), u8>) {
+        let Some(reached) = self.syncing.take() else { return };
+        match result {
+            Err(disk) => self.lose_disk(disk),
+            Ok(()) if self.mode == Mode::Unjournaled => self.durable = self.durable.max(reached.0),
+            Ok(()) => self.synced = Some(reached),
+        }
+    }
+
+    /// The super block is durable.
+    pub fn handle_write_super(&mut self, result: &io::Result<()>) {
+        let Some(sup) = self.writing_sup.take() else { return };
+        if result.is_err() {
+            self.lose_journal();
+            return;
+        }
+        if self.synced.is_some_and(|s| s.0 <= sup.checkpoint.get()) {
+            self.synced = None;
+        }
+        self.sup = *sup;
+        if self.pressed == Some(Stall::Journal) {
+            self.pressed = None;
+        }
+        self.recycle();
+    }
+
+    /// The note that the journal is dead is durable (or cannot be written).
+    pub fn handle_mark_unjournaled(&mut self) {
+        self.marker = Marker::Done;
+    }
+
+    /// A journal error is final (ruling 6): no retry into the same file.
+    fn lose_journal(&mut self) {
+        if self.mode != Mode::Unjournaled {
+            self.mode = Mode::Unjournaled;
+            self.marker = Marker::Due;
+            self.commit = None;
+            self.segments.clear();
+            self.synced = None;
+        }
+    }
+
+    fn lose_disk(&mut self, disk: u8) {
+        self.failed[usize::from(disk)] = true;
+        if self.mode != Mode::Unjournaled {
+            self.mode = Mode::BackingFailed;
+        }
+    }
+
+    fn recycle(&mut self) {
+        let checkpoint = self.sup.checkpoint.get();
+        let keep = match (self.mode, self.sup.mode) {
+            (Mode::New, MODE_NEW) | (Mode::Frozen, MODE_FROZEN) => checkpoint,
+            _ => checkpoint.min(self.ship_floor),
+        };
+        self.slots.recycle(keep);
+    }
+
+    fn maybe_freeze(&mut self) {
+        if self.mode != Mode::Shipping || self.slots.free() > self.slots.reserve() {
+            return;
+        }
+        let checkpoint = self.sup.checkpoint.get();
+        let kept = self.slots.kept_for_shipping(checkpoint);
+        if kept + self.slots.reserve() >= self.config.geometry.slots {
+            self.mode = Mode::Frozen;
+            self.want_sup = true;
+        }
+    }
+
+    fn place(&self, len: u64) -> Place {
+        let geometry = self.config.geometry;
+        let open = &self.open;
+        let chunk_end = geometry.chunk_end(open.lsn);
+        if open.descs.len() < RECS_MAX {
+            let pos = payload_start(open.fill, len);
+            let end = (pos + len).next_multiple_of(PAGE);
+            if end <= chunk_end
+                && end - open.lsn <= BATCH_MAX.max(PAGE + len.next_multiple_of(PAGE))
+            {
+                return Place { pad: false, seal: false, lsn: open.lsn, pos, end };
+            }
+        }
+        let seal = !open.descs.is_empty();
+        let next = if seal { open.fill.next_multiple_of(PAGE) } else { open.lsn };
+        let fits = next + PAGE + len.next_multiple_of(PAGE) <= chunk_end;
+        let lsn = if fits { next } else { chunk_end + PAGE };
+        let pad = !fits && next < chunk_end;
+        let pos = lsn + PAGE;
+        Place { pad, seal, lsn, pos, end: (pos + len).next_multiple_of(PAGE) }
+    }
+
+    fn seal(&mut self, flags: u8, mem: &mut impl Memory, now: u64) {
+        if self.open.descs.is_empty() {
+            return;
+        }
+        let end = self.open.fill.next_multiple_of(PAGE);
+        self.close_batch(flags, end, mem, now);
+    }
+
+    fn pad(&mut self, mem: &mut impl Memory, now: u64) {
+        assert!(self.open.descs.is_empty());
+        self.open_chunk(mem);
+        let end = self.config.geometry.chunk_end(self.open.lsn);
+        self.close_batch(BATCH_PAD, end, mem, now);
+    }
+
+    fn close_batch(&mut self, flags: u8, end: u64, mem: &mut impl Memory, now: u64) {
+        let lsn = self.open.lsn;
+        let descs = std::mem::take(&mut self.open.descs);
+        let mut hdr = BatchHdr {
+            flags,
+            prev_crc: self.prev_crc.into(),
+            journal_id: self.journal_id.into(),
+            incarnation: self.sup.incarnation,
+            generation: self.sup.generation,
+            lsn: lsn.into(),
+            total_len: ((end - lsn) as u32).into(),
+            durable: self.durable.into(),
+            mono_us: now.into(),
+            wall_us: self.wall.into(),
+            ..BatchHdr::default()
+        };
+        finish_batch(&mut hdr, &descs);
+        mem.fill(lsn, hdr.as_bytes());
+        mem.freeze(end);
+        let hdr_crc = hdr.hdr_crc.get();
+        let written = if flags & BATCH_PAD != 0 { PAGE } else { end - lsn };
+        self.push_segment(lsn, written);
+        self.prev_crc = hdr_crc;
+        self.sealed.push_back(SealedBatch { lsn, end, hdr_crc, descs: descs.into() });
+        let next = self.config.geometry.normal(end);
+        self.open = OpenBatch {
+            lsn: next,
+            fill: next + PAGE,
+            descs: Vec::with_capacity(RECS_MAX),
+            since: now,
+            chunk_open: next == end,
+        };
+        mem.publish(next);
+    }
+
+    fn open_chunk(&mut self, mem: &mut impl Memory) {
+        if self.open.chunk_open {
+            return;
+        }
+        let start = self.open.lsn - PAGE;
+        let chunk_no = self.config.geometry.chunk_of(start);
+        let incarnation = self.sup.incarnation.get();
+        mem.fill(start, &chunk_page(self.journal_id, chunk_no, incarnation, self.prev_crc));
+        self.push_segment(start, PAGE);
+        self.open.chunk_open = true;
+    }
+
+    fn push_segment(&mut self, pos: u64, len: u64) {
+        if self.mode == Mode::Unjournaled {
+            return;
+        }
+        if let Some(last) = self.segments.back_mut()
+            && last.pos + last.len == pos
+            && !pos.is_multiple_of(self.config.geometry.chunk)
+            && last.len + len <= SEGMENT_MAX
+        {
+            last.len += len;
+            return;
+        }
+        self.segments.push_back(Segment { pos, len });
+    }
+
+    /// The order of positions (design README).
+    fn check(&self) {
+        let checkpoint = self.sup.checkpoint.get();
+        assert!(checkpoint <= self.applied, "checkpoint {checkpoint} > applied {}", self.applied);
+        let unjournaled = self.mode == Mode::Unjournaled;
+        assert!(self.applied <= self.durable || unjournaled, "I3: applied beyond durable");
+        assert!(self.durable <= self.open.lsn);
+    }
+}
+
+fn payload_start(fill: u64, len: u64) -> u64 {
+    if len >= PAGE { fill.next_multiple_of(PAGE) } else { fill.next_multiple_of(512) }
+}
+
+/// Longest time between an admission and its commit, microseconds.
+pub const COMMIT_AFTER: u64 = 20_000;
+/// Bytes that make a commit due.
+pub const COMMIT_BYTES: u64 = 1 << 20;
+/// Apply at least this often, microseconds.
+pub const APPLY_AFTER: u64 = 100_000;
+/// Checkpoint at least this often, microseconds.
+pub const CHECKPOINT_AFTER: u64 = 1_000_000;
+/// Bytes applied that make a checkpoint due.
+pub const CHECKPOINT_BYTES: u64 = 256 << 20;
+/// Wait before an apply is tried again after ENOSPC, microseconds.
+pub const RETRY_AFTER: u64 = 1_000_000;
+/// Most bytes of one apply window.
+pub const WINDOW_MAX: u64 = 64 << 20;
+/// Most bytes of one batch, unless one record is larger.
+pub const BATCH_MAX: u64 = 4 << 20;
+/// Most bytes of one journal write.
+pub const SEGMENT_MAX: u64 = 4 << 20;
