@@ -497,6 +497,16 @@ impl Filter {
         self.sealed.range(..count)
     }
 
+    /// Where the running apply ends.
+    pub fn applying(&self) -> Option<u64> {
+        self.apply
+    }
+
+    /// Largest payload of one record.
+    pub fn record_max(&self) -> u64 {
+        self.config.record_max()
+    }
+
     /// All positions.
     pub fn positions(&self, mono_us: u64) -> Positions {
         let used = usize::from(self.sup.n_history);

@@ -34,6 +34,10 @@ pub trait Clock: Send + Sync + Debug {
 pub trait File: Send + Sync + Debug {
     /// Fills `buf`; past the end it is an `UnexpectedEof`.
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+    /// Reads at most `buf.len()` bytes that are in memory already; `WouldBlock` if none are.
+    fn read_nowait(&self, _offset: u64, _buf: &mut [u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
     /// Writes all of `data`. Durable only after a later successful sync.
     fn write_all_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
     /// Writes `parts` one behind the other from `offset`.
@@ -61,6 +65,10 @@ pub trait File: Send + Sync + Debug {
     /// Next allocated range at or after `offset`: `(start, end)`, or None when
     /// only a hole is left. Valid for data that was synced first.
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>>;
+    /// Whether writing may need space that is not allocated yet.
+    fn is_sparse(&self) -> io::Result<bool> {
+        Ok(false)
+    }
     /// The descriptor, for io_uring; None for a simulated file.
     fn fd(&self) -> Option<BorrowedFd<'_>>;
 }
@@ -98,6 +106,10 @@ pub trait Files: Send + Sync + Debug {
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
     /// Whether the path exists.
     fn exists(&self, path: &Path) -> bool;
+    /// Whether holes of files here are holes (ruling 20): ext4, xfs, btrfs, tmpfs.
+    fn holes_are_true(&self, _path: &Path) -> bool {
+        true
+    }
     /// Bytes free for us on the file system that holds `path`.
     fn free_bytes(&self, path: &Path) -> io::Result<u64>;
 }
@@ -166,6 +178,9 @@ impl File for Latched {
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.inner.read_exact_at(offset, buf)
     }
+    fn read_nowait(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        self.inner.read_nowait(offset, buf)
+    }
     fn write_all_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.guard(|f| f.write_all_at(offset, data))
     }
@@ -189,6 +204,9 @@ impl File for Latched {
     }
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
         self.inner.next_data(offset)
+    }
+    fn is_sparse(&self) -> io::Result<bool> {
+        self.inner.is_sparse()
     }
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.inner.fd()

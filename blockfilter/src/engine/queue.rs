@@ -22,7 +22,7 @@ use crate::apply::ApplyOp;
 use crate::arena::Arena;
 use crate::block::Extent;
 use crate::journal::batch::super_offset;
-use crate::journal::format::{JournalSuper, PAGE};
+use crate::journal::format::JournalSuper;
 
 /// Something to do.
 #[derive(Debug)]
@@ -197,11 +197,7 @@ impl Target {
     }
 
     fn write_super(&self, sup: &JournalSuper) -> io::Result<()> {
-        let mut buf = vec![0; 2 * PAGE as usize];
-        let at = buf.as_ptr().align_offset(PAGE as usize);
-        let page = &mut buf[at..at + PAGE as usize];
-        page.copy_from_slice(sup.as_bytes());
-        self.journal.write_all_at(super_offset(sup.seq.get()), page)?;
+        self.journal.write_all_at(super_offset(sup.seq.get()), sup.as_bytes())?;
         self.journal.sync_data()
     }
 

@@ -1,6 +1,6 @@
 //! Linux behind the [`Files`] and [`File`] traits, by plain system calls.
 
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 
 use super::{Clock, File, Files, Open};
 
@@ -43,13 +43,16 @@ impl Clock for RealClock {
 pub struct RealFile {
     file: std::fs::File,
     device: bool,
+    /// Opened with O_DIRECT: memory, offsets and lengths must be aligned.
+    direct: bool,
 }
 
 impl RealFile {
     /// Takes an open file.
     pub fn new(file: std::fs::File) -> io::Result<Self> {
         let device = file.metadata()?.file_type().is_block_device();
-        Ok(Self { file, device })
+        let direct = rustix::fs::fcntl_getfl(&file)?.contains(OFlags::DIRECT);
+        Ok(Self { file, device, direct })
     }
 
     /// Whether it is a block device.
@@ -72,11 +75,31 @@ impl RealFile {
 
 impl File for RealFile {
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(buf, offset)
+        if !self.direct || is_aligned(buf) {
+            return self.file.read_exact_at(buf, offset);
+        }
+        let mut bounce = vec![0; buf.len() + DIRECT_ALIGN];
+        let at = bounce.as_ptr().align_offset(DIRECT_ALIGN);
+        let aligned = &mut bounce[at..at + buf.len()];
+        self.file.read_exact_at(aligned, offset)?;
+        buf.copy_from_slice(aligned);
+        Ok(())
+    }
+
+    fn read_nowait(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let mut slices = [IoSliceMut::new(buf)];
+        Ok(rustix::io::preadv2(&self.file, &mut slices, offset, ReadWriteFlags::NOWAIT)?)
     }
 
     fn write_all_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(data, offset)
+        if !self.direct || is_aligned(data) {
+            return self.file.write_all_at(data, offset);
+        }
+        let mut bounce = vec![0; data.len() + DIRECT_ALIGN];
+        let at = bounce.as_ptr().align_offset(DIRECT_ALIGN);
+        let aligned = &mut bounce[at..at + data.len()];
+        aligned.copy_from_slice(data);
+        self.file.write_all_at(aligned, offset)
     }
 
     fn write_vectored_at(&self, mut offset: u64, parts: &[&[u8]]) -> io::Result<()> {
@@ -148,6 +171,12 @@ impl File for RealFile {
         Ok(Some((start, end)))
     }
 
+    fn is_sparse(&self) -> io::Result<bool> {
+        use std::os::unix::fs::MetadataExt;
+        let meta = self.file.metadata()?;
+        Ok(!self.device && meta.blocks() * 512 < meta.len())
+    }
+
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.file.as_fd())
     }
@@ -195,6 +224,11 @@ impl Files for RealFiles {
         path.exists()
     }
 
+    fn holes_are_true(&self, path: &Path) -> bool {
+        let known = [EXT4_MAGIC, XFS_MAGIC, BTRFS_MAGIC, TMPFS_MAGIC];
+        rustix::fs::statfs(path).is_ok_and(|s| known.contains(&(s.f_type as u32)))
+    }
+
     fn free_bytes(&self, path: &Path) -> io::Result<u64> {
         let stat = rustix::fs::statvfs(path)?;
         Ok(stat.f_bavail * stat.f_frsize)
@@ -228,5 +262,17 @@ pub fn open_real(path: &Path, how: Open) -> io::Result<RealFile> {
     RealFile::new(options.open(path)?)
 }
 
+fn is_aligned(buf: &[u8]) -> bool {
+    buf.as_ptr().align_offset(DIRECT_ALIGN) == 0
+}
+
+/// Alignment that every device and file system takes for O_DIRECT, bytes.
+const DIRECT_ALIGN: usize = 4096;
 /// Linux takes at most this many slices in one call (UIO_MAXIOV).
 const IOV_MAX: usize = 1024;
+
+/// statfs(2)'s f_type of the file systems whose SEEK_HOLE is believed.
+const EXT4_MAGIC: u32 = 0xef53;
+const XFS_MAGIC: u32 = 0x5846_5342;
+const BTRFS_MAGIC: u32 = 0x9123_683e;
+const TMPFS_MAGIC: u32 = 0x0102_1994;

@@ -1,0 +1,770 @@
+//! One NBD connection on a socket that never blocks.
+//!
+//! Requests are read many at a time into a window; small payloads go from there
+//! straight into the arena, large ones into a buffer of their own whose
+//! size was reserved before its first byte is read (ruling 11). A payload that is
+//! not complete never gets an LSN (I1, I12). Requests of one connection are
+//! admitted in order; answers go out as they are ready.
+//!
+//! Holds: what a client makes us keep is bounded (I24): the window, [`OUT_MAX`] bytes
+//! of answers, [`IN_FLIGHT_MAX`] bytes of reads under way, its share of the
+//! payload budget.
+
+use std::collections::HashMap;
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use super::volume::{ReadOutcome, Refusal, Volume};
+use crate::block::{Errno, ExportInfo, Extent, ZeroFlags};
+use crate::nbd::handshake::{
+    Handshake, HandshakeConfig, HandshakeEvent, OpenError, TlsMode, default_export,
+};
+use crate::nbd::proto::REQUEST_LEN;
+use crate::nbd::transmission::{
+    Decision, EXTENTS_MAX, Header, Limits, Request, block_status, parse, payload_len, reply_data,
+    reply_error, reply_ok,
+};
+
+/// A non-blocking stream socket.
+#[derive(Debug)]
+pub enum Socket {
+    /// Local.
+    Unix(UnixStream),
+    /// TCP.
+    Tcp(TcpStream),
+}
+
+impl Socket {
+    /// The descriptor.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(s) => s.as_fd(),
+            Self::Tcp(s) => s.as_fd(),
+        }
+    }
+}
+
+impl Read for Socket {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Unix(s) => s.read(buf),
+            Self::Tcp(s) => s.read(buf),
+        }
+    }
+}
+
+impl Write for Socket {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Unix(s) => s.write(buf),
+            Self::Tcp(s) => s.write(buf),
+        }
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What all connections of a group share.
+#[derive(Debug)]
+pub struct Shared {
+    /// Export names, by disk index.
+    pub exports: Vec<String>,
+    /// STARTTLS on TCP.
+    pub tls: Option<Arc<rustls::ServerConfig>>,
+    /// Clients on TCP must use it.
+    pub tls_required: bool,
+    /// Bytes of unfinished payloads now.
+    pub staged: u64,
+    /// At most this many (ruling 11).
+    pub staged_max: u64,
+}
+
+/// Why a connection makes no progress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// It needs bytes from the client.
+    Input,
+    /// It waits for room in the arena, the journal or the payload budget.
+    Room,
+    /// Its answers must leave first, or its reads finish.
+    Output,
+    /// It is over.
+    Closed,
+}
+
+/// One connection.
+#[derive(Debug)]
+pub struct Conn {
+    id: u64,
+    socket: Socket,
+    tls: Option<Box<rustls::ServerConnection>>,
+    phase: Phase,
+    window: Vec<u8>,
+    start: usize,
+    end: usize,
+    out: Vec<u8>,
+    sent: usize,
+    job: Option<Job>,
+    waiting: HashMap<u32, Waiting>,
+    waiting_bytes: u64,
+    next_seq: u32,
+    goodbye: bool,
+    /// When the handshake, a payload or the sending of answers last moved.
+    moved_at: u64,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Handshake(Box<Handshake>),
+    Transmission { limits: Limits, disk: u8 },
+}
+
+/// A request that is not admitted yet, or only in part.
+#[derive(Debug)]
+enum Job {
+    /// The payload is being received into `buf`.
+    Fill { header: Header, offset: u64, fua: bool, buf: Vec<u8>, filled: usize },
+    /// The payload is complete; `done` bytes of it are admitted.
+    Admit { header: Header, offset: u64, fua: bool, buf: Vec<u8>, done: usize, staged: bool },
+    /// A range becomes zeroes; the first `done` bytes are admitted.
+    Zero { header: Header, offset: u64, len: u64, flags: ZeroFlags, trim: bool, done: u64 },
+    /// A refused payload is thrown away.
+    Drain { header: Header, left: u64, errno: Errno },
+}
+
+/// A request whose answer comes later.
+#[derive(Debug)]
+struct Waiting {
+    header: Header,
+    bytes: u64,
+    one: bool,
+}
+
+impl Conn {
+    /// Starts the handshake.
+    pub fn new(id: u64, socket: Socket, shared: &Shared, now: u64) -> Self {
+        let tcp = matches!(socket, Socket::Tcp(_));
+        let tls = match (&shared.tls, shared.tls_required) {
+            (Some(_), true) if tcp => TlsMode::Required,
+            (Some(_), false) if tcp => TlsMode::Offered,
+            _ => TlsMode::Off,
+        };
+        Self {
+            id,
+            socket,
+            tls: None,
+            phase: Phase::Handshake(Box::new(Handshake::new(HandshakeConfig { tls }))),
+            window: vec![0; WINDOW],
+            start: 0,
+            end: 0,
+            out: Vec::new(),
+            sent: 0,
+            job: None,
+            waiting: HashMap::new(),
+            waiting_bytes: 0,
+            next_seq: 0,
+            goodbye: false,
+            moved_at: now,
+        }
+    }
+
+    /// The descriptor to poll.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.fd()
+    }
+
+    /// Answers wait for the socket.
+    pub fn has_output(&self) -> bool {
+        self.sent < self.out.len() || self.tls.as_ref().is_some_and(|t| t.wants_write())
+    }
+
+    /// It made no progress for too long in a state that the client must end.
+    pub fn is_stuck(&self, now: u64) -> bool {
+        let limit = match (&self.phase, &self.job) {
+            (Phase::Handshake(_), _) => HANDSHAKE_MAX,
+            (_, Some(Job::Fill { .. } | Job::Drain { .. })) => STALL_MAX,
+            _ if self.has_output() => STALL_MAX,
+            _ => return false,
+        };
+        now.saturating_sub(self.moved_at) > limit
+    }
+
+    /// Does what can be done now.
+    pub fn progress(&mut self, volume: &mut Volume, shared: &mut Shared, now: u64) -> Progress {
+        match self.try_progress(volume, shared, now) {
+            Ok(progress) => progress,
+            Err(error) => {
+                if error.kind() != io::ErrorKind::UnexpectedEof {
+                    tracing::debug!(%error, "an NBD connection ends");
+                }
+                Progress::Closed
+            }
+        }
+    }
+
+    fn try_progress(
+        &mut self,
+        volume: &mut Volume,
+        shared: &mut Shared,
+        now: u64,
+    ) -> io::Result<Progress> {
+        for _ in 0..ROUNDS {
+            if let Phase::Handshake(_) = self.phase {
+                self.moved_at = self.moved_at.min(now);
+                if !self.shake(volume, shared)? {
+                    return Ok(Progress::Closed);
+                }
+            }
+            if let Phase::Transmission { limits, disk } = self.phase {
+                match self.requests(volume, shared, limits, disk, now)? {
+                    Progress::Input => {}
+                    other => return Ok(other),
+                }
+            }
+            if !self.receive(now)? {
+                return Ok(Progress::Input);
+            }
+        }
+        // Fairness: others first; the socket is still readable.
+        Ok(Progress::Input)
+    }
+
+    /// Steps the handshake; false when it ended the connection.
+    fn shake(&mut self, volume: &Volume, shared: &Shared) -> io::Result<bool> {
+        let Phase::Handshake(handshake) = &mut self.phase else { return Ok(true) };
+        loop {
+            let Some(event) = handshake.poll_event() else {
+                let taken = handshake.handle_bytes(&self.window[self.start..self.end]);
+                self.start += taken;
+                match taken {
+                    0 => return Ok(true),
+                    _ => continue,
+                }
+            };
+            match event {
+                HandshakeEvent::Send(bytes) => self.out.extend_from_slice(&bytes),
+                HandshakeEvent::StartTls => {
+                    let config = shared.tls.clone().ok_or(io::ErrorKind::Unsupported)?;
+                    // The agreement goes out in the clear, alone, at once.
+                    self.socket.write_all(&self.out[self.sent..])?;
+                    self.out.clear();
+                    (self.sent, self.start, self.end) = (0, 0, 0);
+                    let tls = rustls::ServerConnection::new(config).map_err(io::Error::other)?;
+                    self.tls = Some(Box::new(tls));
+                    handshake.tls_started();
+                }
+                HandshakeEvent::ListExports => handshake.listed(shared.exports.iter()),
+                HandshakeEvent::OpenExport { name, .. } => {
+                    let name = default_export(&name, &shared.exports);
+                    let found = shared.exports.iter().position(|e| e == name);
+                    handshake.opened(match found {
+                        Some(index) => Ok(export_info(volume, index)),
+                        None => Err(OpenError::Unknown(name.to_owned())),
+                    });
+                }
+                HandshakeEvent::Transmission(negotiated) => {
+                    let name = default_export(&negotiated.name, &shared.exports);
+                    let disk = shared.exports.iter().position(|e| e == name).unwrap_or(0) as u8;
+                    self.phase = Phase::Transmission { limits: Limits::new(&negotiated), disk };
+                    return Ok(true);
+                }
+                HandshakeEvent::Close(why) => {
+                    tracing::debug!(why, "an NBD handshake ends");
+                    let _ = self.send();
+                    return Ok(false);
+                }
+            }
+        }
+    }
+
+    fn requests(
+        &mut self,
+        volume: &mut Volume,
+        shared: &mut Shared,
+        limits: Limits,
+        disk: u8,
+        now: u64,
+    ) -> io::Result<Progress> {
+        loop {
+            if self.out.len() - self.sent > OUT_MAX || self.waiting_bytes > IN_FLIGHT_MAX {
+                return Ok(Progress::Output);
+            }
+            match self.step_job(volume, shared, limits, disk, now)? {
+                Some(progress) => return Ok(progress),
+                None if self.job.is_some() => continue,
+                None => {}
+            }
+            if self.goodbye {
+                let idle = self.waiting.is_empty() && !self.has_output();
+                return Ok(if idle { Progress::Closed } else { Progress::Output });
+            }
+            let window = &self.window[self.start..self.end];
+            let bad = |e| io::Error::new(io::ErrorKind::InvalidData, e);
+            let Some((header, decision)) = parse(window, &limits).map_err(bad)? else {
+                return Ok(Progress::Input);
+            };
+            let payload = payload_len(&header) as usize;
+            let in_window = window.len() - REQUEST_LEN >= payload;
+            if let Decision::Run(Request::Write { offset, fua, .. }) = decision {
+                if in_window {
+                    let from = self.start + REQUEST_LEN;
+                    self.start = from + payload;
+                    self.write_now(
+                        volume,
+                        limits,
+                        disk,
+                        (header, offset, fua),
+                        from..from + payload,
+                    );
+                    continue;
+                }
+                if payload <= SMALL {
+                    return Ok(Progress::Input);
+                }
+                if shared.staged > 0 && shared.staged + payload as u64 > shared.staged_max {
+                    return Ok(Progress::Room);
+                }
+                shared.staged += payload as u64;
+                self.start += REQUEST_LEN;
+                self.moved_at = now;
+                let buf = vec![0; payload];
+                self.job = Some(Job::Fill { header, offset, fua, buf, filled: 0 });
+                continue;
+            }
+            self.start += REQUEST_LEN;
+            self.decide(volume, limits, disk, header, decision);
+            if matches!(decision, Decision::Close) {
+                return Ok(Progress::Closed);
+            }
+        }
+    }
+
+    /// Carries on with a request that was begun. None: go on.
+    fn step_job(
+        &mut self,
+        volume: &mut Volume,
+        shared: &mut Shared,
+        limits: Limits,
+        disk: u8,
+        now: u64,
+    ) -> io::Result<Option<Progress>> {
+        match self.job.take() {
+            None => Ok(None),
+            Some(Job::Fill { header, offset, fua, mut buf, mut filled }) => {
+                let have = (self.end - self.start).min(buf.len() - filled);
+                buf[filled..filled + have]
+                    .copy_from_slice(&self.window[self.start..self.start + have]);
+                self.start += have;
+                filled += have;
+                while filled < buf.len() {
+                    match self.recv_into(&mut buf[filled..])? {
+                        0 => {
+                            self.job = Some(Job::Fill { header, offset, fua, buf, filled });
+                            return Ok(Some(Progress::Input));
+                        }
+                        count => filled += count,
+                    }
+                    self.moved_at = now;
+                }
+                self.job = Some(Job::Admit { header, offset, fua, buf, done: 0, staged: true });
+                Ok(None)
+            }
+            Some(Job::Admit { header, offset, fua, buf, mut done, staged }) => {
+                let result = admit_write(volume, disk, offset, &buf, &mut done, fua);
+                if matches!(result, Err(Refusal::Stalled)) {
+                    self.job = Some(Job::Admit { header, offset, fua, buf, done, staged });
+                    return Ok(Some(Progress::Room));
+                }
+                if staged {
+                    shared.staged -= buf.len() as u64;
+                }
+                self.admitted(volume, limits, header, fua, result);
+                Ok(None)
+            }
+            Some(Job::Zero { header, offset, len, flags, trim, mut done }) => {
+                let mut end = Ok(0);
+                while done < len {
+                    end = volume.zero(disk, offset + done, len - done, flags, trim).map(
+                        |(n, end)| {
+                            done += n;
+                            end
+                        },
+                    );
+                    if end.is_err() {
+                        break;
+                    }
+                }
+                if matches!(end, Err(Refusal::Stalled)) {
+                    self.job = Some(Job::Zero { header, offset, len, flags, trim, done });
+                    return Ok(Some(Progress::Room));
+                }
+                self.admitted(volume, limits, header, flags.fua, end);
+                Ok(None)
+            }
+            Some(Job::Drain { header, mut left, errno }) => {
+                loop {
+                    let have = ((self.end - self.start) as u64).min(left);
+                    self.start += have as usize;
+                    left -= have;
+                    if left == 0 {
+                        break;
+                    }
+                    if !self.receive(now)? {
+                        self.job = Some(Job::Drain { header, left, errno });
+                        return Ok(Some(Progress::Input));
+                    }
+                }
+                reply_error(&mut self.out, limits.structured, &header, errno);
+                Ok(None)
+            }
+        }
+    }
+
+    /// A write whose payload is in the window.
+    fn write_now(
+        &mut self,
+        volume: &mut Volume,
+        limits: Limits,
+        disk: u8,
+        (header, offset, fua): (Header, u64, bool),
+        range: std::ops::Range<usize>,
+    ) {
+        let mut done = 0;
+        let data = &self.window[range];
+        let result = admit_write(volume, disk, offset, data, &mut done, fua);
+        if matches!(result, Err(Refusal::Stalled)) {
+            let buf = data.to_vec();
+            self.job = Some(Job::Admit { header, offset, fua, buf, done, staged: false });
+            return;
+        }
+        self.admitted(volume, limits, header, fua, result);
+    }
+
+    /// Answers an admitted change, or waits for it to be durable.
+    fn admitted(
+        &mut self,
+        volume: &mut Volume,
+        limits: Limits,
+        header: Header,
+        fua: bool,
+        result: Result<u64, Refusal>,
+    ) {
+        match result {
+            Err(Refusal::Fail(errno)) => {
+                reply_error(&mut self.out, limits.structured, &header, errno);
+            }
+            Ok(end) if fua => {
+                let token = self.wait(header, 0, false);
+                if volume.wait_durable(end, token) {
+                    self.handle_durable(token);
+                }
+            }
+            Ok(_) | Err(Refusal::Stalled) => reply_ok(&mut self.out, limits.structured, &header),
+        }
+    }
+
+    fn decide(
+        &mut self,
+        volume: &mut Volume,
+        limits: Limits,
+        disk: u8,
+        header: Header,
+        decision: Decision,
+    ) {
+        let structured = limits.structured;
+        match decision {
+            Decision::Empty => reply_ok(&mut self.out, structured, &header),
+            Decision::Refuse(errno) => reply_error(&mut self.out, structured, &header, errno),
+            Decision::Drain { len, errno } => {
+                self.job = Some(Job::Drain { header, left: u64::from(len), errno });
+            }
+            Decision::Goodbye => self.goodbye = true,
+            Decision::Close => {}
+            Decision::Run(request) => self.run(volume, structured, disk, header, request),
+        }
+    }
+
+    fn run(
+        &mut self,
+        volume: &mut Volume,
+        structured: bool,
+        disk: u8,
+        header: Header,
+        request: Request,
+    ) {
+        match request {
+            Request::Read { offset, len, .. } => {
+                let before = self.out.len();
+                reply_data(&mut self.out, structured, header.cookie, offset, len);
+                let token = self.wait(header, u64::from(len), false);
+                match volume.read(token, disk, offset, u64::from(len), &mut self.out) {
+                    ReadOutcome::Done => {
+                        self.take(token);
+                    }
+                    ReadOutcome::Pending => self.out.truncate(before),
+                }
+            }
+            Request::Flush => {
+                let token = self.wait(header, 0, false);
+                if volume.flush(token) {
+                    self.handle_durable(token);
+                }
+            }
+            Request::BlockStatus { offset, len, one } => {
+                let token = self.wait(header, 0, one);
+                volume.extents(token, disk, offset, u64::from(len));
+            }
+            Request::Cache { .. } => reply_ok(&mut self.out, structured, &header),
+            Request::Trim { offset, len, fua } => {
+                let flags = ZeroFlags { fua, ..ZeroFlags::default() };
+                let len = u64::from(len);
+                self.job = Some(Job::Zero { header, offset, len, flags, trim: true, done: 0 });
+            }
+            Request::Zero { offset, len, flags } => {
+                let len = u64::from(len);
+                self.job = Some(Job::Zero { header, offset, len, flags, trim: false, done: 0 });
+            }
+            Request::Write { .. } => unreachable!("writes are handled with their payload"),
+        }
+    }
+
+    fn wait(&mut self, header: Header, bytes: u64, one: bool) -> u64 {
+        let seq = self.next_seq;
+        self.next_seq = self.next_seq.wrapping_add(1);
+        self.waiting.insert(seq, Waiting { header, bytes, one });
+        self.waiting_bytes += bytes;
+        self.id << 32 | u64::from(seq)
+    }
+
+    fn take(&mut self, token: u64) -> Option<Waiting> {
+        let waiting = self.waiting.remove(&(token as u32))?;
+        self.waiting_bytes -= waiting.bytes;
+        Some(waiting)
+    }
+
+    fn structured(&self) -> bool {
+        matches!(self.phase, Phase::Transmission { limits, .. } if limits.structured)
+    }
+
+    /// What a request waited for is durable.
+    pub fn handle_durable(&mut self, token: u64) {
+        let structured = self.structured();
+        if let Some(waiting) = self.take(token) {
+            reply_ok(&mut self.out, structured, &waiting.header);
+        }
+    }
+
+    /// A read's bytes are there.
+    pub fn handle_read(&mut self, token: u64, result: Result<Vec<u8>, Errno>) {
+        let structured = self.structured();
+        let Some(Waiting { header, .. }) = self.take(token) else { return };
+        match result {
+            Ok(data) => {
+                reply_data(&mut self.out, structured, header.cookie, header.offset, header.len);
+                self.out.extend_from_slice(&data);
+            }
+            Err(errno) => reply_error(&mut self.out, structured, &header, errno),
+        }
+    }
+
+    /// The allocation of a range is known.
+    pub fn handle_extents(&mut self, token: u64, result: Result<Vec<Extent>, Errno>) {
+        let structured = self.structured();
+        let Some(Waiting { header, one, .. }) = self.take(token) else { return };
+        match result {
+            Ok(extents) => {
+                let max = if one { 1 } else { EXTENTS_MAX };
+                block_status(&mut self.out, header.cookie, &extents[..extents.len().min(max)]);
+            }
+            Err(errno) => reply_error(&mut self.out, structured, &header, errno),
+        }
+    }
+
+    /// Sends what is there; what the socket does not take stays.
+    pub fn flush_output(&mut self, now: u64) -> io::Result<()> {
+        if self.send()? > 0 {
+            self.moved_at = now;
+        }
+        Ok(())
+    }
+
+    fn send(&mut self) -> io::Result<usize> {
+        let mut total = 0;
+        loop {
+            let sent = match &mut self.tls {
+                None => {
+                    if self.sent == self.out.len() {
+                        break;
+                    }
+                    match self.socket.write(&self.out[self.sent..]) {
+                        Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                        Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                        other => other?,
+                    }
+                }
+                Some(tls) => match send_tls(tls, &mut self.socket, &self.out[self.sent..])? {
+                    Some(count) => count,
+                    None => break,
+                },
+            };
+            self.sent += sent;
+            total += sent.max(1);
+        }
+        if self.sent == self.out.len() {
+            self.out.clear();
+            self.out.shrink_to(OUT_KEEP);
+            self.sent = 0;
+        } else if self.sent > OUT_KEEP {
+            self.out.drain(..self.sent);
+            self.sent = 0;
+        }
+        Ok(total)
+    }
+
+    /// Receives into the window; false when the socket has nothing now.
+    fn receive(&mut self, now: u64) -> io::Result<bool> {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        } else if self.window.len() - self.end < WINDOW / 2 {
+            self.window.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        let mut window = std::mem::take(&mut self.window);
+        let count = self.recv_into(&mut window[self.end..]);
+        self.window = window;
+        let count = count?;
+        self.end += count;
+        if count > 0 && !matches!(self.phase, Phase::Handshake(_)) {
+            self.moved_at = now;
+        }
+        Ok(count > 0)
+    }
+
+    /// Receives some bytes; 0 when there are none now. The end is an error.
+    fn recv_into(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if let Some(tls) = &mut self.tls {
+            return recv_tls(tls, &mut self.socket, buf);
+        }
+        loop {
+            return match self.socket.read(buf) {
+                Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(0),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                other => other,
+            };
+        }
+    }
+
+    /// Gives back what it reserved. What it did not finish never happens (I12).
+    pub fn close(self, shared: &mut Shared) {
+        match self.job {
+            Some(Job::Fill { buf, .. } | Job::Admit { buf, staged: true, .. }) => {
+                shared.staged -= buf.len() as u64;
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Admits what is left of a payload; the position that FUA waits for.
+fn admit_write(
+    volume: &mut Volume,
+    disk: u8,
+    offset: u64,
+    data: &[u8],
+    done: &mut usize,
+    fua: bool,
+) -> Result<u64, Refusal> {
+    let mut end = 0;
+    while *done < data.len() {
+        let (count, reached) = volume.write(disk, offset + *done as u64, &data[*done..], fua)?;
+        *done += count;
+        end = reached;
+    }
+    Ok(end)
+}
+
+fn export_info(volume: &Volume, index: usize) -> ExportInfo {
+    let disk = &volume.disks()[index];
+    ExportInfo {
+        size: disk.size,
+        read_only: false,
+        multi_conn: true,
+        block_min: 512,
+        block_preferred: 4096,
+        fast_zero: true,
+        trim: true,
+        description: format!("protected disk {}", disk.name),
+    }
+}
+
+/// Hands bytes to TLS and records to the socket; None when neither moves.
+fn send_tls(
+    tls: &mut rustls::ServerConnection,
+    socket: &mut Socket,
+    data: &[u8],
+) -> io::Result<Option<usize>> {
+    while tls.wants_write() {
+        match tls.write_tls(socket) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            Err(e) => return Err(e),
+        }
+    }
+    if data.is_empty() {
+        return Ok(None);
+    }
+    tls.writer().write(&data[..data.len().min(TLS_STEP)]).map(Some)
+}
+
+fn recv_tls(
+    tls: &mut rustls::ServerConnection,
+    socket: &mut Socket,
+    buf: &mut [u8],
+) -> io::Result<usize> {
+    loop {
+        match tls.reader().read(buf) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            other => return other,
+        }
+        match tls.read_tls(socket) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(0),
+            Err(e) => return Err(e),
+        }
+        let state = tls.process_new_packets();
+        if tls.wants_write() {
+            match tls.write_tls(socket) {
+                Err(e) if e.kind() != io::ErrorKind::WouldBlock => return Err(e),
+                _ => {}
+            }
+        }
+        state.map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+    }
+}
+
+/// Receive window, bytes.
+const WINDOW: usize = 256 << 10;
+/// Payloads up to this wait in the window until they are complete.
+const SMALL: usize = 64 << 10;
+/// No request is begun while more than this waits to be sent, bytes.
+const OUT_MAX: usize = 4 << 20;
+/// Memory kept for answers between bursts, bytes.
+const OUT_KEEP: usize = 1 << 20;
+/// No request is begun while reads of more than this are under way, bytes.
+const IN_FLIGHT_MAX: u64 = 16 << 20;
+/// Receives in a row before the others get their turn.
+const ROUNDS: usize = 16;
+/// The whole handshake, microseconds.
+const HANDSHAKE_MAX: u64 = 10_000_000;
+/// A payload or the sending of answers that does not move, microseconds.
+const STALL_MAX: u64 = 30_000_000;
+/// Bytes handed to TLS at a time.
+const TLS_STEP: usize = 64 << 10;

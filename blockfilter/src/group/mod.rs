@@ -1,0 +1,56 @@
+//! The owner of one group's state: recovery, the event loop, the connections.
+//!
+//! [`start`] brings the group up from what it finds; [`volume`] is the data path;
+//! [`conn`] speaks NBD on one connection; [`serve`] is the loop: wait, let every ready
+//! connection do its requests, let the volume take a turn, send the answers.
+
+pub mod conn;
+pub mod ctl;
+pub mod serve;
+pub mod start;
+pub mod volume;
+
+use std::io;
+
+use crate::config::{GroupConfig, GroupPaths};
+use serve::{ServeOptions, Server, settle, wait_until};
+use start::StartError;
+
+/// Why a filter process ended.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// It could not start.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// Its sockets or its loop failed.
+    #[error("serving the group failed: {0}")]
+    Serve(#[from] io::Error),
+}
+
+/// Runs the filter process of a group: recovers, calls `ready`, serves until a Stop.
+/// May be killed at any instruction; the next run takes over where it was.
+pub fn run(
+    config: &GroupConfig,
+    paths: &GroupPaths,
+    options: ServeOptions,
+    ready: impl FnOnce(),
+) -> Result<(), RunError> {
+    let volume = start::open(config, paths)?;
+    let server = Server::new(volume, config, paths, options)?;
+    ready();
+    Ok(server.run()?)
+}
+
+/// Writes everything back to the disks without serving them: they are plain
+/// images again on return. For `unprotect` when no filter runs.
+pub fn drain(config: &GroupConfig, paths: &GroupPaths) -> Result<(), RunError> {
+    let mut volume = start::open(config, paths)?;
+    settle(&mut volume)?;
+    volume.filter().request_drain();
+    wait_until(&mut volume, |v| v.filter().drained() || v.filter().stall_is_final())?;
+    if volume.filter().stall_is_final() {
+        return Err(io::Error::other("a disk failed; the journal still holds its writes").into());
+    }
+    volume.remove_arena();
+    Ok(())
+}

@@ -1,0 +1,455 @@
+//! The loop of a filter process: wait, let ready connections do their requests, let the
+//! volume take a turn, hand out what became ready, send.
+//!
+//! One thread owns everything. It waits in one place (epoll) for sockets, the engine's
+//! eventfd and the next timer. The control socket is served here too, so that
+//! positions are always consistent.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::event::epoll;
+use rustix::net::sockopt;
+use rustix::time::Timespec;
+
+use super::conn::{Conn, Progress, Shared, Socket};
+use super::ctl::{Ask, Ctl};
+use super::volume::{Volume, VolumeEvent};
+use crate::config::{GroupConfig, GroupPaths};
+use crate::control::Reply;
+use crate::engine::Clock;
+
+/// How a filter is served.
+#[derive(Debug, Default)]
+pub struct ServeOptions {
+    /// STARTTLS for clients on TCP; required of those that are not on this machine.
+    pub tls: Option<Arc<rustls::ServerConfig>>,
+}
+
+/// A filter process's state.
+#[derive(Debug)]
+pub struct Server {
+    volume: Volume,
+    shared: Shared,
+    clock: Arc<dyn Clock>,
+    epoll: OwnedFd,
+    nbd: UnixListener,
+    tcp: Option<TcpListener>,
+    control: UnixListener,
+    conns: HashMap<u64, (Conn, u32)>,
+    ctls: HashMap<u64, Ctl>,
+    /// Connections that wait for room, first come first served.
+    waiting: VecDeque<u64>,
+    next_id: u64,
+    swept_at: u64,
+    stopping: Option<(u64, bool)>,
+}
+
+impl Server {
+    /// Listens on the group's sockets. A stale socket file is replaced; one
+    /// that somebody serves is `AddrInUse`.
+    pub fn new(
+        mut volume: Volume,
+        config: &GroupConfig,
+        paths: &GroupPaths,
+        options: ServeOptions,
+    ) -> io::Result<Self> {
+        settle(&mut volume)?;
+        let clock = volume.clock();
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let nbd = listen(&paths.nbd_socket())?;
+        let control = listen(&paths.filter_socket())?;
+        let tcp = config.nbd_tcp.as_deref().map(TcpListener::bind).transpose()?;
+        let local = tcp.as_ref().map(TcpListener::local_addr).transpose()?;
+        let off_machine = local.is_some_and(|a| !a.ip().is_loopback());
+        if off_machine && options.tls.is_none() {
+            let message = "NBD over TCP to other machines needs TLS, and there is no certificate";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        let add = |fd: BorrowedFd<'_>, id: u64| {
+            epoll::add(&epoll, fd, epoll::EventData::new_u64(id), epoll::EventFlags::IN)
+        };
+        add(volume.fd(), ENGINE)?;
+        add(nbd.as_fd(), NBD)?;
+        add(control.as_fd(), CONTROL)?;
+        if let Some(tcp) = &tcp {
+            tcp.set_nonblocking(true)?;
+            add(tcp.as_fd(), TCP)?;
+        }
+        let shared = Shared {
+            exports: config.disks.iter().map(|d| config.export(&d.disk)).collect(),
+            tls: options.tls,
+            tls_required: off_machine,
+            staged: 0,
+            staged_max: config.arena_bytes / 2,
+        };
+        Ok(Self {
+            volume,
+            shared,
+            clock,
+            epoll,
+            nbd,
+            tcp,
+            control,
+            conns: HashMap::new(),
+            ctls: HashMap::new(),
+            waiting: VecDeque::new(),
+            next_id: FIRST_ID,
+            swept_at: 0,
+            stopping: None,
+        })
+    }
+
+    /// Serves until a Stop is carried out.
+    pub fn run(mut self) -> io::Result<()> {
+        let mut ready: Vec<epoll::Event> = Vec::with_capacity(256);
+        let mut events = Vec::new();
+        loop {
+            let timeout = self.timeout();
+            ready.clear();
+            match epoll::wait(
+                &self.epoll,
+                rustix::buffer::spare_capacity(&mut ready),
+                Some(&timeout),
+            ) {
+                Err(rustix::io::Errno::INTR) => {}
+                other => {
+                    other?;
+                }
+            }
+            let now = self.clock.mono_us();
+            let mut touched: Vec<u64> = Vec::new();
+            for event in &ready {
+                match event.data.u64() {
+                    ENGINE => {}
+                    NBD | TCP | CONTROL => self.accept(event.data.u64(), now),
+                    id => {
+                        touched.push(id);
+                        self.ready(id, now);
+                    }
+                }
+            }
+            self.turn(&mut events, &mut touched, now);
+            touched.sort_unstable();
+            touched.dedup();
+            self.send(&touched, now);
+            self.sweep(now);
+            if self.finished() {
+                return self.finish();
+            }
+        }
+    }
+
+    fn timeout(&self) -> Timespec {
+        let now = self.clock.mono_us();
+        let ctl = self.ctls.values().filter_map(Ctl::deadline).min();
+        let due = self.volume.timeout().into_iter().chain(ctl).min();
+        let us = due.map_or(SWEEP_EVERY, |due| due.saturating_sub(now)).min(SWEEP_EVERY);
+        Timespec { tv_sec: (us / 1_000_000) as i64, tv_nsec: (us % 1_000_000 * 1000) as i64 }
+    }
+
+    /// The volume's turn, until nothing new comes of it.
+    fn turn(&mut self, events: &mut Vec<VolumeEvent>, touched: &mut Vec<u64>, now: u64) {
+        loop {
+            let room = self.volume.turn(events);
+            let any = !events.is_empty();
+            for event in events.drain(..) {
+                let (VolumeEvent::Durable(token)
+                | VolumeEvent::Read { token, .. }
+                | VolumeEvent::Extents { token, .. }) = &event;
+                let (token, id) = (*token, *token >> 32);
+                touched.push(id);
+                if let Some(ctl) = self.ctls.get_mut(&id) {
+                    ctl.handle_durable(token, &self.volume);
+                } else if let Some((conn, _)) = self.conns.get_mut(&id) {
+                    match event {
+                        VolumeEvent::Durable(_) => conn.handle_durable(token),
+                        VolumeEvent::Read { result, .. } => conn.handle_read(token, result),
+                        VolumeEvent::Extents { result, .. } => conn.handle_extents(token, result),
+                    }
+                }
+            }
+            let mut retried = false;
+            if room || (self.shared.staged == 0 && !self.waiting.is_empty()) {
+                for id in std::mem::take(&mut self.waiting) {
+                    touched.push(id);
+                    self.progress(id, now);
+                    retried = true;
+                }
+            }
+            if !any && !retried {
+                break;
+            }
+        }
+        for (id, ctl) in &mut self.ctls {
+            if ctl.turn(&mut self.volume, now) {
+                touched.push(*id);
+            }
+        }
+    }
+
+    fn ready(&mut self, id: u64, now: u64) {
+        if self.conns.contains_key(&id) {
+            self.progress(id, now);
+            return;
+        }
+        let Some(ctl) = self.ctls.get_mut(&id) else { return };
+        match ctl.receive(&mut self.volume, self.conns.len() as u32, now) {
+            Ok(None) => {}
+            Ok(Some(Ask::Stop { drain })) => {
+                self.stopping.get_or_insert((id, drain));
+                self.stop_clients(drain);
+            }
+            Err(_) => {
+                self.ctls.remove(&id);
+            }
+        }
+    }
+
+    fn progress(&mut self, id: u64, now: u64) {
+        let Some((conn, _)) = self.conns.get_mut(&id) else { return };
+        match conn.progress(&mut self.volume, &mut self.shared, now) {
+            Progress::Closed => self.close(id),
+            Progress::Room => {
+                if !self.waiting.contains(&id) {
+                    self.waiting.push_back(id);
+                }
+                self.interest(id, false);
+            }
+            Progress::Output => self.interest(id, false),
+            Progress::Input => self.interest(id, true),
+        }
+    }
+
+    /// Polls for input only if the connection can use it, for output only if it has some.
+    fn interest(&mut self, id: u64, input: bool) {
+        let Some((conn, old)) = self.conns.get_mut(&id) else { return };
+        let mut flags = epoll::EventFlags::empty();
+        flags.set(epoll::EventFlags::IN, input);
+        flags.set(epoll::EventFlags::OUT, conn.has_output());
+        if *old != flags.bits() {
+            *old = flags.bits();
+            let data = epoll::EventData::new_u64(id);
+            if let Err(error) = epoll::modify(&self.epoll, conn.fd(), data, flags) {
+                tracing::warn!(%error, "a connection cannot be polled");
+            }
+        }
+    }
+
+    fn send(&mut self, touched: &[u64], now: u64) {
+        for id in touched {
+            if let Some(ctl) = self.ctls.get_mut(id) {
+                if ctl.send().is_err() {
+                    self.ctls.remove(id);
+                }
+                continue;
+            }
+            let Some((conn, old)) = self.conns.get_mut(id) else { continue };
+            let input = epoll::EventFlags::from_bits_retain(*old).contains(epoll::EventFlags::IN);
+            let had = conn.has_output();
+            if conn.flush_output(now).is_err() {
+                self.close(*id);
+            } else if had && !conn.has_output() && !input && !self.waiting.contains(id) {
+                // Requests may have waited in the window for the answers to leave.
+                self.progress(*id, now);
+                if let Some((conn, _)) = self.conns.get_mut(id)
+                    && conn.flush_output(now).is_err()
+                {
+                    self.close(*id);
+                } else if let Some((_, flags)) = self.conns.get(id) {
+                    let input = *flags & epoll::EventFlags::IN.bits() != 0;
+                    self.interest(*id, input);
+                }
+            } else {
+                self.interest(*id, input);
+            }
+        }
+    }
+
+    fn accept(&mut self, from: u64, now: u64) {
+        for _ in 0..ACCEPT_MAX {
+            let socket = match from {
+                NBD => self.nbd.accept().map(|(s, _)| Socket::Unix(s)),
+                CONTROL => self.control.accept().map(|(s, _)| Socket::Unix(s)),
+                _ => match &self.tcp {
+                    Some(tcp) => tcp.accept().map(|(s, _)| Socket::Tcp(s)),
+                    None => return,
+                },
+            };
+            let socket = match socket {
+                Ok(socket) => socket,
+                Err(error) => {
+                    if error.kind() != io::ErrorKind::WouldBlock {
+                        tracing::warn!(%error, "a connection cannot be accepted");
+                    }
+                    return;
+                }
+            };
+            if let Err(error) = self.admit_socket(from, socket, now) {
+                tracing::warn!(%error, "a connection cannot be set up");
+            }
+        }
+    }
+
+    fn admit_socket(&mut self, from: u64, socket: Socket, now: u64) -> io::Result<()> {
+        let limit = if from == CONTROL { CONTROLS_MAX } else { CONNECTIONS_MAX };
+        let count = if from == CONTROL { self.ctls.len() } else { self.conns.len() };
+        if count >= limit || self.stopping.is_some() {
+            return Ok(());
+        }
+        match &socket {
+            Socket::Unix(s) => s.set_nonblocking(true)?,
+            Socket::Tcp(s) => {
+                s.set_nonblocking(true)?;
+                s.set_nodelay(true)?;
+            }
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        let data = epoll::EventData::new_u64(id);
+        let flags = epoll::EventFlags::IN;
+        epoll::add(&self.epoll, socket.fd(), data, flags)?;
+        if from == CONTROL {
+            if let Socket::Unix(stream) = socket {
+                self.ctls.insert(id, Ctl::new(id, stream));
+            }
+            return Ok(());
+        }
+        let _ = sockopt::set_socket_send_buffer_size(socket.fd(), SOCKET_BUFFER);
+        let _ = sockopt::set_socket_recv_buffer_size(socket.fd(), SOCKET_BUFFER);
+        let conn = Conn::new(id, socket, &self.shared, now);
+        self.conns.insert(id, (conn, flags.bits()));
+        // The greeting.
+        self.progress(id, now);
+        self.send(&[id], now);
+        Ok(())
+    }
+
+    fn close(&mut self, id: u64) {
+        if let Some((mut conn, _)) = self.conns.remove(&id) {
+            let _ = conn.flush_output(0);
+            let _ = epoll::delete(&self.epoll, conn.fd());
+            conn.close(&mut self.shared);
+        }
+        self.waiting.retain(|w| *w != id);
+    }
+
+    /// Closes connections that keep something waiting for too long.
+    fn sweep(&mut self, now: u64) {
+        if now < self.swept_at + SWEEP_EVERY {
+            return;
+        }
+        self.swept_at = now;
+        let stuck = |(id, (conn, _)): (&u64, &(Conn, u32))| conn.is_stuck(now).then_some(*id);
+        for id in self.conns.iter().filter_map(stuck).collect::<Vec<_>>() {
+            tracing::debug!("an NBD connection stalled and is closed");
+            self.close(id);
+        }
+    }
+
+    fn stop_clients(&mut self, drain: bool) {
+        for id in self.conns.keys().copied().collect::<Vec<_>>() {
+            self.close(id);
+        }
+        if drain {
+            self.volume.filter().request_drain();
+        } else {
+            self.volume.filter().request_commit();
+        }
+    }
+
+    fn finished(&mut self) -> bool {
+        match self.stopping {
+            None => false,
+            Some((_, true)) => self.volume.filter().drained(),
+            Some((_, false)) => {
+                let positions = self.volume.positions();
+                positions.durable >= positions.admitted
+            }
+        }
+    }
+
+    fn finish(mut self) -> io::Result<()> {
+        let Some((id, drain)) = self.stopping else { return Ok(()) };
+        if drain {
+            self.volume.remove_arena();
+        }
+        if let Some(ctl) = self.ctls.get_mut(&id) {
+            ctl.answer(&Reply::Stopped);
+            let _ = ctl.send();
+        }
+        Ok(())
+    }
+}
+
+/// Runs the volume until the first super block, which says that the journal is in
+/// use, is durable: nothing is served before.
+pub fn settle(volume: &mut Volume) -> io::Result<()> {
+    let due = volume.filter().super_seq_due();
+    wait_until(volume, |v| {
+        v.filter().super_seq() >= due || v.positions().mode == crate::control::Mode::Unjournaled
+    })
+}
+
+/// Takes turns until `done`.
+pub fn wait_until(
+    volume: &mut Volume,
+    mut done: impl FnMut(&mut Volume) -> bool,
+) -> io::Result<()> {
+    let mut events = Vec::new();
+    loop {
+        volume.turn(&mut events);
+        events.clear();
+        if done(volume) {
+            return Ok(());
+        }
+        let wait = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+        let mut fds =
+            [rustix::event::PollFd::from_borrowed_fd(volume.fd(), rustix::event::PollFlags::IN)];
+        match rustix::event::poll(&mut fds, Some(&wait)) {
+            Err(rustix::io::Errno::INTR) => {}
+            other => {
+                other?;
+            }
+        }
+    }
+}
+
+/// Listens on a Unix socket, replacing a stale one.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        return Err(io::Error::new(
+            io::ErrorKind::AddrInUse,
+            format!("{} is served", path.display()),
+        ));
+    }
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    rustix::fs::chmod(path, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+const ENGINE: u64 = 0;
+const NBD: u64 = 1;
+const TCP: u64 = 2;
+const CONTROL: u64 = 3;
+const FIRST_ID: u64 = 16;
+/// NBD connections at a time.
+const CONNECTIONS_MAX: usize = 256;
+/// Control connections at a time.
+const CONTROLS_MAX: usize = 64;
+/// Connections accepted in a row.
+const ACCEPT_MAX: usize = 16;
+/// Between looks for stalled connections, microseconds.
+const SWEEP_EVERY: u64 = 1_000_000;
+/// SO_SNDBUF and SO_RCVBUF, bytes.
+const SOCKET_BUFFER: usize = 2 << 20;

@@ -1,0 +1,497 @@
+//! Bringing a group up: locks, recovery, engine.
+//!
+//! *Warm*: the arena of the same boot, journal and incarnation is there; nothing was
+//! lost; the same incarnation goes on. *Clean*: the last stop drained. *Cold*: power was
+//! lost: sync the journal, scan it, write the records back, sync the disks, and only
+//! then a super block with the new checkpoint and the next incarnation (ruling 4).
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::{FlockOperation, flock};
+use zerocopy::IntoBytes;
+
+use super::volume::{ArenaMemory, Volume, VolumeDisk};
+use crate::apply::{SealedBatch, plan};
+use crate::arena::{ARENA_MAGIC, Arena, ArenaHdr, Word, boot_id};
+use crate::config::{GroupConfig, GroupPaths};
+use crate::engine::blocking::Blocking;
+use crate::engine::queue::{Done, Engine, Inline, Op, Target};
+use crate::engine::real::{RealClock, RealFiles};
+use crate::engine::uring::Uring;
+use crate::engine::{Clock, File, Files, Latched, Open};
+use crate::filter::{Filter, FilterConfig, Memory, Start};
+use crate::journal::batch::{finish_super, parse_batch, payloads_ok, super_offset};
+use crate::journal::format::*;
+use crate::journal::open::{OpenError, Scanned, read_chunks, read_super, scan};
+use crate::journal::{chunks::Slots, first_super, geometry_of};
+use crate::overlay::Overlay;
+
+/// Why a group cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A file could not be opened or read.
+    #[error("{path}: {source}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another process holds a file, or a dead one's I/O is still under way.
+    #[error("{0} is in use by another process")]
+    Busy(PathBuf),
+    /// The backing file is not as long as it was.
+    #[error("{path} is {found} bytes long; it was protected with {expected}")]
+    Size {
+        /// Which.
+        path: PathBuf,
+        /// Now.
+        found: u64,
+        /// At protect time.
+        expected: u64,
+    },
+    /// The journal cannot be used.
+    #[error("{path}: {source}")]
+    Journal {
+        /// The journal.
+        path: PathBuf,
+        /// Why.
+        source: OpenError,
+    },
+    /// Writing back what the journal holds failed.
+    #[error("writing the journal back to the disks failed: {0}")]
+    Replay(io::Error),
+    /// The arena or the engine cannot be made.
+    #[error("{0}")]
+    System(String),
+}
+
+/// Everything that a volume is made of, before the engine.
+#[derive(Debug)]
+pub struct Parts {
+    /// Files and arena.
+    pub target: Arc<Target>,
+    /// The filter, ready to admit.
+    pub filter: Filter,
+    /// With every record that is not on the disks.
+    pub overlays: Vec<Overlay>,
+    /// The disks.
+    pub disks: Vec<VolumeDisk>,
+}
+
+/// Opens and recovers the group of `paths` on this machine.
+pub fn open(config: &GroupConfig, paths: &GroupPaths) -> Result<Volume, StartError> {
+    let files: Arc<dyn Files> = Arc::new(RealFiles);
+    let clock: Arc<dyn Clock> = Arc::new(RealClock::new());
+    let journal = open_locked(files.as_ref(), &config.journal, Open::Direct)?;
+    let mut disks = Vec::new();
+    for disk in &config.disks {
+        disks.push(open_locked(files.as_ref(), &disk.path, Open::ReadWrite)?);
+    }
+    let marker = paths.dir().join("unjournaled");
+    let parts = recover(config, files, journal, disks, marker, clock.mono_us())?;
+    let engine = choose_engine(&parts.target)?;
+    Ok(Volume::new(
+        parts.filter,
+        parts.overlays,
+        parts.disks,
+        parts.target,
+        engine,
+        clock,
+        config.arena_path(),
+    ))
+}
+
+/// Opens a file and locks that very descriptor, which all later I/O uses: the lock is
+/// held until the last I/O of a dead process is done (ruling 5).
+fn open_locked(files: &dyn Files, path: &Path, how: Open) -> Result<Arc<dyn File>, StartError> {
+    let error = |source| StartError::File { path: path.to_owned(), source };
+    let file = files.open(path, how).map_err(error)?;
+    if let Some(fd) = file.fd() {
+        let mut left = LOCK_WAIT;
+        while let Err(e) = flock(fd, FlockOperation::NonBlockingLockExclusive) {
+            if e != rustix::io::Errno::WOULDBLOCK {
+                return Err(error(e.into()));
+            }
+            if left.is_zero() {
+                return Err(StartError::Busy(path.to_owned()));
+            }
+            std::thread::sleep(LOCK_STEP);
+            left = left.saturating_sub(LOCK_STEP);
+        }
+    }
+    Ok(file)
+}
+
+fn choose_engine(target: &Arc<Target>) -> Result<Box<dyn Engine>, StartError> {
+    let system = |e: io::Error| StartError::System(format!("the I/O engine cannot start: {e}"));
+    let asked = std::env::var("STANDFAST_IO_ENGINE").unwrap_or_default();
+    if asked == "blocking" {
+        return Ok(Box::new(Blocking::new(target, "asked for").map_err(system)?));
+    }
+    match Uring::new(target) {
+        Ok(engine) => Ok(Box::new(engine)),
+        Err(error) if asked == "io_uring" => Err(system(error)),
+        Err(error) => {
+            tracing::warn!(%error, "io_uring is refused; plain system calls do the same work");
+            let why = format!("io_uring refused: {error}");
+            Ok(Box::new(Blocking::new(target, &why).map_err(system)?))
+        }
+    }
+}
+
+/// Recovers over any files; see the module's text. `now` is monotonic microseconds.
+pub fn recover(
+    config: &GroupConfig,
+    files: Arc<dyn Files>,
+    journal: Arc<dyn File>,
+    disks: Vec<Arc<dyn File>>,
+    marker: PathBuf,
+    now: u64,
+) -> Result<Parts, StartError> {
+    let mut volume_disks = Vec::new();
+    for (disk, file) in config.disks.iter().zip(&disks) {
+        let error = |source| StartError::File { path: disk.path.clone(), source };
+        let found = file.len().map_err(error)?;
+        if found != disk.size_bytes {
+            let (path, expected) = (disk.path.clone(), disk.size_bytes);
+            return Err(StartError::Size { path, found, expected });
+        }
+        volume_disks.push(VolumeDisk {
+            name: disk.disk.clone(),
+            size: disk.size_bytes,
+            path: disk.path.clone(),
+            sparse: file.is_sparse().unwrap_or(true),
+        });
+    }
+    let dead = files.exists(&marker);
+    let journal: Arc<dyn File> = Arc::new(Latched::new(journal));
+    let in_journal = |source| StartError::Journal { path: config.journal.clone(), source };
+    let sup = match read_super(journal.as_ref(), config) {
+        Ok(sup) => sup,
+        Err(error) if !dead => return Err(in_journal(error)),
+        Err(_) => first_super(config).map_err(|e| in_journal(e.into()))?,
+    };
+    let make = |arena: Arc<Arena>| {
+        Arc::new(Target {
+            journal: journal.clone(),
+            disks: disks.iter().map(|d| Arc::new(Latched::new(d.clone())) as _).collect(),
+            holes: config.disks.iter().map(|d| files.holes_are_true(&d.path)).collect(),
+            dirty: disks.iter().map(|_| true.into()).collect(),
+            arena,
+            files: files.clone(),
+            marker: marker.clone(),
+        })
+    };
+    let geometry = geometry_of(&sup);
+    let filter_config = FilterConfig { geometry, arena: config.arena_bytes };
+    let path = config.arena_path();
+    let hdr = arena_hdr(&sup, config.arena_bytes)?;
+    if let Some(arena) = Arena::open(&path, &hdr).map_err(arena_error)? {
+        match warm(&sup, journal.as_ref(), &arena, dead) {
+            Ok(Some(start)) => {
+                let overlays = overlays_of(&start, config.disks.len());
+                let filter = Filter::new(filter_config, start, now);
+                let target = make(Arc::new(arena));
+                return Ok(Parts { target, filter, overlays, disks: volume_disks });
+            }
+            Ok(None) => {}
+            Err(why) => tracing::error!(
+                why,
+                "the arena is damaged; acknowledged writes that were never flushed may be lost"
+            ),
+        }
+    }
+    let start = if dead {
+        bare(sup)
+    } else {
+        cold(config, &journal, sup, &make).map_err(|e| match e {
+            ColdError::Journal(e) => in_journal(e),
+            ColdError::Replay(e) => StartError::Replay(e),
+            ColdError::Start(e) => e,
+        })?
+    };
+    let hdr = arena_hdr(&start.sup, config.arena_bytes)?;
+    let arena = Arc::new(Arena::create(&path, &hdr).map_err(arena_error)?);
+    let open = geometry.normal(start.applied);
+    let head = if open % geometry.chunk == PAGE { open - PAGE } else { open };
+    arena.set_bounds(head, head);
+    arena.set_word(Word::Applied, start.applied);
+    arena.set_word(Word::Durable, start.durable);
+    let tag = (start.applied >> 12) << 32;
+    arena.set_word(Word::AppliedCrc, tag | u64::from(start.applied_crc));
+    arena.set_word(Word::Published, open);
+    let overlays = overlays_of(&start, config.disks.len());
+    let filter = Filter::new(filter_config, start, now);
+    Ok(Parts { target: make(arena), filter, overlays, disks: volume_disks })
+}
+
+fn arena_error(error: io::Error) -> StartError {
+    StartError::System(format!("the arena on /dev/shm cannot be made: {error}"))
+}
+
+fn arena_hdr(sup: &JournalSuper, size: u64) -> Result<ArenaHdr, StartError> {
+    Ok(ArenaHdr {
+        magic: ARENA_MAGIC,
+        version: 1.into(),
+        reserved: 0.into(),
+        journal_uuid: sup.journal_uuid,
+        boot_id: boot_id().map_err(arena_error)?,
+        incarnation: sup.incarnation,
+        size: size.into(),
+    })
+}
+
+/// Takes over the arena of a process that died. None if it was never finished.
+fn warm(
+    sup: &JournalSuper,
+    journal: &dyn File,
+    arena: &Arena,
+    dead: bool,
+) -> Result<Option<Start>, &'static str> {
+    let published = arena.word(Word::Published);
+    if published == 0 {
+        return Ok(None);
+    }
+    let geometry = geometry_of(sup);
+    let (applied, durable) = (arena.word(Word::Applied), arena.word(Word::Durable));
+    let open_lsn = published / PAGE * PAGE;
+    if applied > open_lsn || open_lsn - applied > arena.size() {
+        return Err("its positions contradict each other");
+    }
+    let whole_chunk = open_lsn % geometry.chunk == PAGE && published == open_lsn;
+    let head = if whole_chunk { open_lsn - PAGE } else { open_lsn };
+    let floor = applied.min(head);
+    arena.set_bounds(floor, head);
+    let mut sealed = Vec::new();
+    let mut crc = None;
+    let mut at = geometry.normal(applied);
+    while at < open_lsn {
+        let (hdr, descs) = parse_batch(arena.bytes(at, PAGE)).ok_or("a sealed batch is damaged")?;
+        let total = u64::from(hdr.total_len.get());
+        let pad = hdr.flags & BATCH_PAD != 0;
+        let chained = crc.is_none_or(|crc| crc == hdr.prev_crc.get());
+        if hdr.lsn.get() != at || !chained || at + total > geometry.chunk_end(at) {
+            return Err("a sealed batch is out of place");
+        }
+        if !pad && !payloads_ok(&hdr, &descs, arena.bytes(at, total)) {
+            return Err("a record's checksum does not match");
+        }
+        crc.get_or_insert(hdr.prev_crc.get());
+        let first_prev = sealed.is_empty().then(|| hdr.prev_crc.get());
+        let hdr_crc = hdr.hdr_crc.get();
+        crc = Some(hdr_crc);
+        sealed.push((
+            SealedBatch { lsn: at, end: at + total, hdr_crc, descs: descs.into() },
+            first_prev,
+        ));
+        at = geometry.normal(at + total);
+    }
+    let word = arena.word(Word::AppliedCrc);
+    let first_prev = sealed.first().and_then(|(_, prev)| *prev);
+    let tagged = (word >> 32 == (applied >> 12) & 0xffff_ffff).then_some(word as u32);
+    let applied_crc = first_prev.or(tagged).ok_or("the checksum chain is lost")?;
+    let open = open_records(arena, open_lsn, published - open_lsn)?;
+    let checkpoint = sup.checkpoint.get();
+    let keep =
+        if sup.mode == MODE_SHIPPING { sup.ship_floor.get().min(checkpoint) } else { checkpoint };
+    let used = match read_chunks(journal, sup, keep) {
+        Ok(used) => used,
+        Err(_) if dead => Default::default(),
+        Err(_) => return Err("the journal cannot be read"),
+    };
+    Ok(Some(Start {
+        slots: Slots::new(geometry, used),
+        sup: *sup,
+        applied,
+        applied_crc,
+        durable: if dead { applied } else { durable },
+        sealed: sealed.into_iter().map(|(batch, _)| batch).collect(),
+        open,
+        unjournaled: dead,
+    }))
+}
+
+/// The records of the open batch: complete up to the published count (I2).
+fn open_records(arena: &Arena, lsn: u64, count: u64) -> Result<Vec<RecDesc>, &'static str> {
+    let mut descs = Vec::new();
+    for index in 0..count {
+        let at = lsn + size_of::<BatchHdr>() as u64 + index * size_of::<RecDesc>() as u64;
+        let bytes = arena.bytes(at, size_of::<RecDesc>() as u64);
+        let desc = <RecDesc as zerocopy::FromBytes>::read_from_bytes(bytes)
+            .map_err(|_| "a record is damaged")?;
+        let len = u64::from(desc.payload_len());
+        let good = desc.lsn.get() == lsn + index
+            && (len == 0
+                || crc32c::crc32c(arena.bytes(lsn + u64::from(desc.payload_off.get()), len))
+                    == desc.crc.get());
+        if !good {
+            return Err("a record of the open batch is damaged");
+        }
+        descs.push(desc);
+    }
+    Ok(descs)
+}
+
+/// A start without a journal: the disks are the truth.
+fn bare(sup: JournalSuper) -> Start {
+    let at = geometry_of(&sup).normal(sup.checkpoint.get());
+    Start {
+        slots: Slots::new(geometry_of(&sup), Default::default()),
+        sup,
+        applied: at,
+        applied_crc: sup.checkpoint_prev_crc.get(),
+        durable: at,
+        sealed: Vec::new(),
+        open: Vec::new(),
+        unjournaled: true,
+    }
+}
+
+enum ColdError {
+    Journal(OpenError),
+    Replay(io::Error),
+    Start(StartError),
+}
+
+fn cold(
+    config: &GroupConfig,
+    journal: &Arc<dyn File>,
+    sup: JournalSuper,
+    make: &dyn Fn(Arc<Arena>) -> Arc<Target>,
+) -> Result<Start, ColdError> {
+    journal.sync_data().map_err(ColdError::Replay)?;
+    let scanned = scan(journal.as_ref(), config).map_err(ColdError::Journal)?;
+    let clean = sup.clean == 1 && scanned.batches.is_empty();
+    let mut next = sup;
+    if !clean {
+        replay(config, journal.as_ref(), &scanned, make)?;
+        next.seq = (sup.seq.get() + 1).into();
+        next.clean = 0;
+        next.checkpoint = scanned.end.into();
+        next.checkpoint_prev_crc = scanned.end_crc.into();
+        push_history(&mut next, sup.incarnation.get(), scanned.end);
+        next.incarnation = (sup.incarnation.get() + 1).into();
+        finish_super(&mut next);
+        journal
+            .write_all_at(super_offset(next.seq.get()), next.as_bytes())
+            .and_then(|()| journal.sync_data())
+            .map_err(ColdError::Replay)?;
+        tracing::warn!(
+            incarnation = next.incarnation.get(),
+            end = scanned.end,
+            "unclean start: writes that were never flushed and not yet in the journal are gone"
+        );
+    }
+    Ok(Start {
+        sup: next,
+        slots: scanned.slots,
+        applied: scanned.end,
+        applied_crc: scanned.end_crc,
+        durable: scanned.end,
+        sealed: Vec::new(),
+        open: Vec::new(),
+        unjournaled: false,
+    })
+}
+
+fn push_history(sup: &mut JournalSuper, incarnation: u64, end: u64) {
+    let count = usize::from(sup.n_history);
+    if count == HISTORY_MAX {
+        sup.history.copy_within(1.., 0);
+    } else {
+        sup.n_history += 1;
+    }
+    let last = usize::from(sup.n_history) - 1;
+    sup.history[last] = History { incarnation: incarnation.into(), end: end.into() };
+}
+
+/// Writes the scanned batches back through the same plan as a running apply,
+/// half an arena at a time, then syncs the disks.
+fn replay(
+    config: &GroupConfig,
+    journal: &dyn File,
+    scanned: &Scanned,
+    make: &dyn Fn(Arc<Arena>) -> Arc<Target>,
+) -> Result<(), ColdError> {
+    let hdr = arena_hdr(&scanned.sup, config.arena_bytes).map_err(ColdError::Start)?;
+    let hdr = ArenaHdr { incarnation: u64::MAX.into(), ..hdr };
+    let path = config.arena_path();
+    let arena = Arena::create(&path, &hdr).map_err(|e| ColdError::Start(arena_error(e)))?;
+    let arena = Arc::new(arena);
+    let mut engine = Inline::new(make(arena.clone())).map_err(ColdError::Replay)?;
+    let mut memory = ArenaMemory(arena.clone());
+    let start = scanned.sup.checkpoint.get();
+    arena.set_bounds(start, start);
+    let mut window: Vec<SealedBatch> = Vec::new();
+    let mut bytes = Vec::new();
+    let flush = |engine: &mut Inline, window: &mut Vec<SealedBatch>| {
+        engine.submit(Op::Apply(plan(window.iter())));
+        window.clear();
+        finish(engine)
+    };
+    for batch in &scanned.batches {
+        let total = u64::from(batch.hdr.total_len.get());
+        let lsn = batch.hdr.lsn.get();
+        if batch.hdr.flags & BATCH_PAD != 0 {
+            continue;
+        }
+        if lsn + total > window.first().map_or(lsn, |b| b.lsn) + config.arena_bytes / 2 {
+            flush(&mut engine, &mut window).map_err(ColdError::Replay)?;
+        }
+        if window.is_empty() {
+            memory.freeze(lsn.max(start));
+            memory.release(lsn.max(start));
+        }
+        bytes.resize(total as usize, 0);
+        journal.read_exact_at(batch.file_offset, &mut bytes).map_err(ColdError::Replay)?;
+        memory.fill(lsn, &bytes);
+        window.push(SealedBatch {
+            lsn,
+            end: lsn + total,
+            hdr_crc: batch.hdr.hdr_crc.get(),
+            descs: batch.descs.clone().into(),
+        });
+    }
+    flush(&mut engine, &mut window).map_err(ColdError::Replay)?;
+    engine.submit(Op::SyncDisks);
+    finish(&mut engine).map_err(ColdError::Replay)
+}
+
+fn finish(engine: &mut Inline) -> io::Result<()> {
+    let mut done = Vec::new();
+    engine.reap(&mut done);
+    for item in done {
+        if let Done::Apply(Err((_, e))) | Done::SyncDisks(Err((_, e))) = item {
+            return Err(e);
+        }
+    }
+    Ok(())
+}
+
+fn overlays_of(start: &Start, disks: usize) -> Vec<Overlay> {
+    let mut overlays: Vec<Overlay> = (0..disks).map(|_| Overlay::default()).collect();
+    let geometry = geometry_of(&start.sup);
+    let open_lsn = geometry.normal(start.sealed.last().map_or(start.applied, |b| b.end));
+    let sealed = start.sealed.iter().flat_map(|b| b.descs.iter().map(|d| (b.lsn, d)));
+    let open = start.open.iter().map(|d| (open_lsn, d));
+    for (batch, desc) in sealed.chain(open) {
+        let Some(overlay) = overlays.get_mut(usize::from(desc.disk)) else { continue };
+        let (lsn, offset, len) = (desc.lsn.get(), desc.offset.get(), u64::from(desc.len.get()));
+        match desc.rec_op() {
+            Some(RecOp::Write) => {
+                overlay.insert_write(lsn, offset, len, batch + u64::from(desc.payload_off.get()));
+            }
+            Some(RecOp::Zero | RecOp::Trim) => overlay.insert_zero(lsn, offset, len),
+            _ => {}
+        }
+    }
+    overlays
+}
+
+/// How long a dead process's I/O is waited for.
+const LOCK_WAIT: Duration = Duration::from_secs(60);
+const LOCK_STEP: Duration = Duration::from_millis(20);

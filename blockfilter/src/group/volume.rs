@@ -1,0 +1,598 @@
+//! One group's disks without sockets: the filter, the overlays and the engine put
+//! together. What a front end does is [`Volume::write`], [`Volume::zero`],
+//! [`Volume::read`], [`Volume::flush`]; after each round [`Volume::turn`] takes
+//! completions, starts what is due and tells who is served.
+//!
+//! Holds I2: an answered write is in the overlay and published in the arena. Runs on
+//! one thread; never blocks except to complete a write that is no multiple of a sector.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::apply::plan;
+use crate::arena::{Arena, Word};
+use crate::block::{Errno, Extent, SECTOR, ZeroFlags};
+use crate::control::{DiskStatus, FilterStatus, Positions};
+use crate::engine::queue::{Done, Engine, Op, Target};
+use crate::engine::{Clock, Files};
+use crate::filter::{Action, Filter, Memory, NewRecord, Stall};
+use crate::journal::format::{REC_FUA, REC_NO_HOLE, RecOp};
+use crate::names::Name;
+use crate::overlay::{Overlay, Piece, Source};
+
+/// The arena as the filter writes it.
+#[derive(Clone, Debug)]
+pub struct ArenaMemory(pub Arc<Arena>);
+
+impl Memory for ArenaMemory {
+    fn fill(&mut self, pos: u64, data: &[u8]) {
+        self.0.fill(pos, data);
+    }
+    fn freeze(&mut self, head: u64) {
+        self.0.advance_head(head);
+    }
+    fn publish(&mut self, admitted: u64) {
+        self.0.set_word(Word::Published, admitted);
+    }
+    fn release(&mut self, floor: u64) {
+        self.0.set_word(Word::Applied, floor);
+        self.0.advance_floor(floor);
+    }
+}
+
+/// What a disk is, to the volume.
+#[derive(Clone, Debug)]
+pub struct VolumeDisk {
+    /// Its name.
+    pub name: Name,
+    /// Size in bytes.
+    pub size: u64,
+    /// Its file, to ask for free space.
+    pub path: PathBuf,
+    /// Not fully allocated: writes may need space.
+    pub sparse: bool,
+}
+
+/// Why a request was not carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Answer this error.
+    Fail(Errno),
+    /// Try again after [`Volume::turn`] returned true.
+    Stalled,
+}
+
+/// How far a read got.
+#[derive(Debug)]
+pub enum ReadOutcome {
+    /// The bytes were appended.
+    Done,
+    /// [`VolumeEvent::Read`] will bring them; nothing was appended.
+    Pending,
+}
+
+/// What became ready in a turn.
+#[derive(Debug)]
+pub enum VolumeEvent {
+    /// What the token waited for is durable.
+    Durable(u64),
+    /// A read is done.
+    Read {
+        /// As given.
+        token: u64,
+        /// The bytes.
+        result: Result<Vec<u8>, Errno>,
+    },
+    /// Extents are known.
+    Extents {
+        /// As given.
+        token: u64,
+        /// Neighbours differ.
+        result: Result<Vec<Extent>, Errno>,
+    },
+}
+
+/// One group's disks.
+#[derive(Debug)]
+pub struct Volume {
+    filter: Filter,
+    overlays: Vec<Overlay>,
+    disks: Vec<VolumeDisk>,
+    memory: ArenaMemory,
+    target: Arc<Target>,
+    engine: Box<dyn Engine>,
+    clock: Arc<dyn Clock>,
+    arena_path: PathBuf,
+    files: Arc<dyn Files>,
+    pieces: Vec<Piece>,
+    done: Vec<Done>,
+    /// Extent queries in flight: the overlay's part of each.
+    extents: HashMap<u64, Vec<Piece>>,
+    free: Vec<u64>,
+    free_at: u64,
+    errors: Vec<Option<String>>,
+    journal_error: Option<String>,
+    writes: u64,
+    write_bytes: u64,
+}
+
+impl Volume {
+    /// Puts the parts together; `overlays` hold every record of the filter's start.
+    pub fn new(
+        filter: Filter,
+        overlays: Vec<Overlay>,
+        disks: Vec<VolumeDisk>,
+        target: Arc<Target>,
+        engine: Box<dyn Engine>,
+        clock: Arc<dyn Clock>,
+        arena_path: PathBuf,
+    ) -> Self {
+        let count = disks.len();
+        Self {
+            filter,
+            overlays,
+            memory: ArenaMemory(target.arena.clone()),
+            files: target.files.clone(),
+            disks,
+            target,
+            engine,
+            clock,
+            arena_path,
+            pieces: Vec::new(),
+            done: Vec::new(),
+            extents: HashMap::new(),
+            free: vec![u64::MAX; count],
+            free_at: 0,
+            errors: vec![None; count],
+            journal_error: None,
+            writes: 0,
+            write_bytes: 0,
+        }
+    }
+
+    /// Writes the first part of `data` and tells how many bytes it took and the
+    /// position that must be durable for FUA. Call again with the rest.
+    pub fn write(
+        &mut self,
+        disk: u8,
+        offset: u64,
+        data: &[u8],
+        fua: bool,
+    ) -> Result<(usize, u64), Refusal> {
+        let flags = if fua { REC_FUA } else { 0 };
+        self.check_writable(disk, data.len() as u64)?;
+        let lead = offset % SECTOR;
+        if lead != 0 || (data.len() as u64) < SECTOR {
+            return self.write_part_sector(disk, offset, data, flags);
+        }
+        let max = (data.len() as u64 / SECTOR * SECTOR).min(self.record_max());
+        let part = &data[..max as usize];
+        let end = self.admit(RecOp::Write, flags, disk, offset, part.len() as u64, part)?;
+        self.writes += 1;
+        self.write_bytes += max;
+        Ok((part.len(), end))
+    }
+
+    /// Completes less than a sector from what is there (ruling 8).
+    fn write_part_sector(
+        &mut self,
+        disk: u8,
+        offset: u64,
+        data: &[u8],
+        flags: u16,
+    ) -> Result<(usize, u64), Refusal> {
+        let lead = offset % SECTOR;
+        let start = offset - lead;
+        let count = (SECTOR - lead).min(data.len() as u64) as usize;
+        let mut sector = self.read_blocking(disk, start, SECTOR)?;
+        sector[lead as usize..lead as usize + count].copy_from_slice(&data[..count]);
+        let end = self.admit(RecOp::Write, flags, disk, start, SECTOR, &sector)?;
+        Ok((count, end))
+    }
+
+    /// Makes the first part of the range read as zeroes; as [`Volume::write`].
+    pub fn zero(
+        &mut self,
+        disk: u8,
+        offset: u64,
+        len: u64,
+        flags: ZeroFlags,
+        trim: bool,
+    ) -> Result<(u64, u64), Refusal> {
+        self.check_writable(disk, 0)?;
+        let fua = if flags.fua { REC_FUA } else { 0 };
+        if !offset.is_multiple_of(SECTOR) || len < SECTOR {
+            let zeroes = [0; SECTOR as usize];
+            let count = (SECTOR - offset % SECTOR).min(len) as usize;
+            let (done, end) = self.write_part_sector(disk, offset, &zeroes[..count], fua)?;
+            return Ok((done as u64, end));
+        }
+        let len = len / SECTOR * SECTOR;
+        let bits = if flags.no_hole && !trim { fua | REC_NO_HOLE } else { fua };
+        let op = if trim { RecOp::Trim } else { RecOp::Zero };
+        let end = self.admit(op, bits, disk, offset, len, &[])?;
+        self.writes += 1;
+        Ok((len, end))
+    }
+
+    fn admit(
+        &mut self,
+        op: RecOp,
+        flags: u16,
+        disk: u8,
+        offset: u64,
+        len: u64,
+        payload: &[u8],
+    ) -> Result<u64, Refusal> {
+        let size = self.disks[usize::from(disk)].size;
+        assert!(offset + len <= size.next_multiple_of(SECTOR), "I1: a validated range");
+        let rec = NewRecord { op, flags, disk, offset, len: len as u32, payload };
+        let now = self.clock.mono_us();
+        match self.filter.admit(&rec, &mut self.memory, now) {
+            Ok(admitted) => {
+                let overlay = &mut self.overlays[usize::from(disk)];
+                if op == RecOp::Write {
+                    overlay.insert_write(admitted.lsn, offset, len, admitted.pos);
+                } else {
+                    overlay.insert_zero(admitted.lsn, offset, len);
+                }
+                Ok(admitted.lsn + 1)
+            }
+            Err(Stall::Arena | Stall::Journal) if self.filter.stall_is_final() => {
+                Err(Refusal::Fail(Errno::Io))
+            }
+            Err(Stall::Arena | Stall::Journal) => Err(Refusal::Stalled),
+        }
+    }
+
+    fn check_writable(&mut self, disk: u8, len: u64) -> Result<(), Refusal> {
+        if let Some(errno) = self.filter.refusal(disk) {
+            return Err(Refusal::Fail(errno));
+        }
+        let index = usize::from(disk);
+        if self.disks[index].sparse {
+            let unapplied = self.filter.admitted() - self.applied();
+            if self.free[index] < unapplied + len + SPACE_MARGIN {
+                return Err(Refusal::Fail(Errno::NoSpc));
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends `len` bytes to `out`, or starts a read that brings them later.
+    pub fn read(
+        &mut self,
+        token: u64,
+        disk: u8,
+        offset: u64,
+        len: u64,
+        out: &mut Vec<u8>,
+    ) -> ReadOutcome {
+        let start = out.len();
+        let gaps = self.read_now(disk, offset, len, out);
+        if gaps.is_empty() {
+            return ReadOutcome::Done;
+        }
+        let buf = out.split_off(start);
+        self.engine.submit(Op::Read { token, disk, gaps, buf });
+        ReadOutcome::Pending
+    }
+
+    /// Copies what is in memory; returns the rest as `(offset, len, place)`.
+    fn read_now(
+        &mut self,
+        disk: u8,
+        offset: u64,
+        len: u64,
+        out: &mut Vec<u8>,
+    ) -> Vec<(u64, u64, usize)> {
+        let start = out.len();
+        out.resize(start + len as usize, 0);
+        let mut pieces = std::mem::take(&mut self.pieces);
+        self.overlays[usize::from(disk)].lookup(offset, len, &mut pieces);
+        let file = &self.target.disks[usize::from(disk)];
+        let mut gaps = Vec::new();
+        for piece in &pieces {
+            let at = (piece.offset - offset) as usize;
+            let to = &mut out[start + at..start + at + piece.len as usize];
+            match piece.source {
+                Source::Zero => {}
+                Source::Arena(pos) => to.copy_from_slice(self.memory.0.bytes(pos, piece.len)),
+                Source::Disk => {
+                    let got = file.read_nowait(piece.offset, to).unwrap_or(0);
+                    if got < to.len() {
+                        let done = got as u64;
+                        gaps.push((piece.offset + done, piece.len - done, at + got));
+                    }
+                }
+            }
+        }
+        self.pieces = pieces;
+        gaps
+    }
+
+    /// Reads at once, from the disk if need be.
+    pub fn read_blocking(&mut self, disk: u8, offset: u64, len: u64) -> Result<Vec<u8>, Refusal> {
+        let mut out = Vec::new();
+        let gaps = self.read_now(disk, offset, len, &mut out);
+        let file = &self.target.disks[usize::from(disk)];
+        for (offset, len, at) in gaps {
+            file.read_exact_at(offset, &mut out[at..at + len as usize])
+                .map_err(|e| Refusal::Fail(Errno::from_io(&e)))?;
+        }
+        Ok(out)
+    }
+
+    /// Starts to find the allocation of a range; overlay first, then the file (ruling 20).
+    pub fn extents(&mut self, token: u64, disk: u8, offset: u64, len: u64) {
+        let mut pieces = Vec::new();
+        self.overlays[usize::from(disk)].lookup(offset, len, &mut pieces);
+        let disk_pieces = pieces.iter().filter(|p| p.source == Source::Disk);
+        let ranges = disk_pieces.map(|p| (p.offset, p.len)).collect();
+        self.extents.insert(token, pieces);
+        self.engine.submit(Op::Extents { token, disk, ranges });
+    }
+
+    /// Everything answered before is durable: true at once, else
+    /// [`VolumeEvent::Durable`] follows.
+    pub fn flush(&mut self, token: u64) -> bool {
+        self.wait_durable(self.filter.admitted(), token)
+    }
+
+    /// As [`Volume::flush`], for a position.
+    pub fn wait_durable(&mut self, pos: u64, token: u64) -> bool {
+        !self.filter.wait_durable(pos, token)
+    }
+
+    /// Admits a mark; its point's position. Stalled if there is no room yet.
+    pub fn mark(&mut self, tag: &[u8], app: bool) -> Result<u64, Refusal> {
+        let now = self.clock.mono_us();
+        self.filter.admit_mark(tag, app, &mut self.memory, now).map_err(|_| Refusal::Stalled)
+    }
+
+    /// Takes completions, starts what is due, and appends what became ready.
+    /// True if stalled requests may be tried again.
+    pub fn turn(&mut self, events: &mut Vec<VolumeEvent>) -> bool {
+        let now = self.clock.mono_us();
+        self.filter.set_wall(self.clock.wall_us());
+        if now >= self.free_at {
+            self.free_at = now + SPACE_CHECK_EVERY;
+            self.check_space();
+        }
+        let mut room = false;
+        loop {
+            let mut done = std::mem::take(&mut self.done);
+            self.engine.reap(&mut done);
+            for item in done.drain(..) {
+                room |=
+                    matches!(item, Done::Apply(_) | Done::WriteSuper(_) | Done::MarkUnjournaled(_));
+                self.handle(item, events, now);
+            }
+            self.done = done;
+            let mut acted = false;
+            while let Some(action) = self.filter.poll_action(&mut self.memory, now) {
+                self.start(action);
+                acted = true;
+            }
+            if !acted {
+                break;
+            }
+        }
+        self.publish();
+        while let Some(token) = self.filter.poll_waiter() {
+            events.push(VolumeEvent::Durable(token));
+        }
+        room
+    }
+
+    fn start(&mut self, action: Action) {
+        let op = match action {
+            Action::JournalWrite { at, pos, len } => Op::JournalWrite { at, pos, len },
+            Action::JournalSync => Op::JournalSync,
+            Action::Apply { to } => Op::Apply(plan(self.filter.window(to))),
+            Action::SyncDisks => Op::SyncDisks,
+            Action::WriteSuper(sup) => Op::WriteSuper(sup),
+            Action::MarkUnjournaled => Op::MarkUnjournaled,
+        };
+        self.engine.submit(op);
+    }
+
+    fn handle(&mut self, done: Done, events: &mut Vec<VolumeEvent>, now: u64) {
+        match done {
+            Done::JournalWrite(result) => {
+                self.note_journal(&result);
+                self.filter.handle_journal_write(&result);
+            }
+            Done::JournalSync(result) => {
+                self.note_journal(&result);
+                self.filter.handle_journal_sync(&result);
+            }
+            Done::WriteSuper(result) => {
+                self.note_journal(&result);
+                self.filter.handle_write_super(&result);
+            }
+            Done::MarkUnjournaled(result) => {
+                if let Err(error) = result {
+                    tracing::error!(%error, "the note that the journal is dead cannot be written");
+                }
+                self.filter.handle_mark_unjournaled();
+            }
+            Done::Apply(result) => {
+                if let Err((disk, error)) = &result {
+                    self.note_disk(*disk, error);
+                }
+                self.handle_apply(result, now);
+            }
+            Done::SyncDisks(result) => {
+                if let Err((disk, error)) = &result {
+                    self.note_disk(*disk, error);
+                }
+                self.filter.handle_sync_disks(result.map_err(|(disk, _)| disk));
+            }
+            Done::Read { token, buf, result } => {
+                let result = result.map(|()| buf).map_err(|e| Errno::from_io(&e));
+                events.push(VolumeEvent::Read { token, result });
+            }
+            Done::Extents { token, result } => {
+                let pieces = self.extents.remove(&token).unwrap_or_default();
+                let result =
+                    result.map(|e| merge_extents(&pieces, e)).map_err(|e| Errno::from_io(&e));
+                events.push(VolumeEvent::Extents { token, result });
+            }
+        }
+    }
+
+    /// Applied records leave the overlay, only now that all are on the disks (I10).
+    fn handle_apply(&mut self, result: Result<(), (u8, io::Error)>, now: u64) {
+        let before = self.applied();
+        let ok = result.is_ok();
+        let descs: Vec<_> = match self.filter.applying() {
+            Some(to) if ok => {
+                self.filter.window(to).flat_map(|b| b.descs.iter().copied()).collect()
+            }
+            _ => Vec::new(),
+        };
+        self.filter.handle_apply(result, &mut self.memory, now);
+        let applied = self.applied();
+        assert!(applied >= before);
+        for desc in descs {
+            let overlay = &mut self.overlays[usize::from(desc.disk)];
+            let (offset, len) = (desc.offset.get(), u64::from(desc.len.get()));
+            match desc.rec_op() {
+                Some(RecOp::Write) => overlay.remove_write(applied, offset, len),
+                Some(RecOp::Zero | RecOp::Trim) => overlay.remove_zero(applied, offset, len),
+                _ => {}
+            }
+        }
+    }
+
+    fn publish(&self) {
+        let positions = self.filter.positions(0);
+        let arena = &self.memory.0;
+        arena.set_word(Word::Durable, positions.durable.0);
+        let tag = (positions.applied.0 >> 12) << 32;
+        arena.set_word(Word::AppliedCrc, tag | u64::from(self.filter.applied_crc()));
+    }
+
+    fn note_journal(&mut self, result: &io::Result<()>) {
+        if let Err(error) = result
+            && self.journal_error.is_none()
+        {
+            tracing::error!(%error, "the journal failed; writes go straight to the disks from now on");
+            self.journal_error = Some(error.to_string());
+        }
+    }
+
+    fn note_disk(&mut self, disk: u8, error: &io::Error) {
+        let slot = &mut self.errors[usize::from(disk)];
+        if slot.is_none() {
+            tracing::error!(disk = %self.disks[usize::from(disk)].name, %error, "a disk failed");
+        }
+        *slot = Some(error.to_string());
+    }
+
+    fn check_space(&mut self) {
+        for (disk, free) in self.disks.iter().zip(&mut self.free) {
+            if disk.sparse {
+                *free = self.files.free_bytes(&disk.path).unwrap_or(u64::MAX);
+            }
+        }
+    }
+
+    fn applied(&self) -> u64 {
+        self.filter.positions(0).applied.0
+    }
+
+    /// Largest payload of one record.
+    pub fn record_max(&self) -> u64 {
+        self.filter.record_max()
+    }
+
+    /// The filter, for its positions and requests.
+    pub fn filter(&mut self) -> &mut Filter {
+        &mut self.filter
+    }
+
+    /// The disks.
+    pub fn disks(&self) -> &[VolumeDisk] {
+        &self.disks
+    }
+
+    /// Positions now.
+    pub fn positions(&self) -> Positions {
+        self.filter.positions(self.clock.mono_us())
+    }
+
+    /// Monotonic time at which [`Volume::turn`] is due if nothing happens.
+    pub fn timeout(&self) -> Option<u64> {
+        self.filter.poll_timeout()
+    }
+
+    /// Readable when [`Volume::turn`] has something to do.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.engine.fd()
+    }
+
+    /// The clock that its times are of.
+    pub fn clock(&self) -> Arc<dyn Clock> {
+        self.clock.clone()
+    }
+
+    /// Removes the arena's file; nothing in it is needed after a drain.
+    pub fn remove_arena(&self) {
+        if let Err(error) = std::fs::remove_file(&self.arena_path) {
+            tracing::warn!(%error, "the arena cannot be removed");
+        }
+    }
+
+    /// For `status`.
+    pub fn status(&self, connections: u32) -> FilterStatus {
+        let positions = self.positions();
+        let (journal_used_bytes, journal_capacity_bytes) = self.filter.journal_use();
+        let disks = self.disks.iter().zip(&self.errors).map(|(disk, error)| DiskStatus {
+            disk: disk.name.clone(),
+            size_bytes: disk.size,
+            error: error.clone(),
+        });
+        FilterStatus {
+            pid: std::process::id(),
+            journal_used_bytes,
+            journal_capacity_bytes,
+            arena_used_bytes: positions.admitted.0 - positions.applied.0,
+            arena_capacity_bytes: self.memory.0.size(),
+            io_engine: self.engine.name(),
+            connections,
+            disks: disks.collect(),
+            writes: self.writes,
+            write_bytes: self.write_bytes,
+            positions,
+        }
+    }
+}
+
+/// Puts the overlay's pieces and the file's extents of the disk pieces together.
+fn merge_extents(pieces: &[Piece], from_disk: Vec<Vec<Extent>>) -> Vec<Extent> {
+    let mut merged: Vec<Extent> = Vec::new();
+    let mut add = |extent: Extent| match merged.last_mut() {
+        Some(last) if last.hole == extent.hole && last.zero == extent.zero => {
+            last.len += extent.len
+        }
+        _ => merged.push(extent),
+    };
+    let mut from_disk = from_disk.into_iter();
+    for piece in pieces {
+        match piece.source {
+            Source::Arena(_) => add(Extent { len: piece.len, hole: false, zero: false }),
+            Source::Zero => add(Extent { len: piece.len, hole: true, zero: true }),
+            Source::Disk => from_disk.next().unwrap_or_default().into_iter().for_each(&mut add),
+        }
+    }
+    merged
+}
+
+/// Bytes that stay free on a file system that holds a sparse image.
+pub const SPACE_MARGIN: u64 = 16 << 20;
+const SPACE_CHECK_EVERY: u64 = 50_000;
