@@ -1,0 +1,1 @@
+//! Writes on top of a view: the log of one drill.
