@@ -35,6 +35,8 @@ pub enum Exit {
     Busy = 11,
     /// Data does not match.
     Mismatch = 12,
+    /// Interrupted by a signal.
+    Interrupted = 130,
 }
 
 /// A failure as people and programs see it.
@@ -70,7 +72,8 @@ impl Failure {
 
     /// A failure with a code of its own: `SF-EENN`.
     pub fn coded(exit: Exit, number: u8, what: impl Into<String>) -> Self {
-        let code = format!("SF-{:02}{number:02}", exit as u8);
+        let class = if exit == Exit::Interrupted { 13 } else { exit as u8 };
+        let code = format!("SF-{class:02}{number:02}");
         Self { code, exit, what: what.into(), why: None, hint: None }
     }
 

@@ -9,7 +9,6 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::str::FromStr;
 use std::sync::Arc;
 
 use blockfilter::engine::Clock;
@@ -19,6 +18,13 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use crate::errors::{Exit, Failure, Outcome};
 use crate::output::Output;
 
+pub mod agent;
+pub mod disk;
+pub mod protect;
+pub mod run;
+pub mod status;
+pub mod sync;
+pub mod unprotect;
 /// Everything on the command line.
 #[derive(Debug, Parser)]
 #[command(name = "standfast", version, about = ABOUT, max_term_width = 100)]
@@ -61,6 +67,23 @@ pub struct Global {
 /// The nouns and top-level verbs.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// The source daemon.
+    #[command(subcommand)]
+    Agent(agent::AgentCommand),
+    /// Put disks under protection: serve them over NBD and copy them to the target.
+    Protect(protect::ProtectArgs),
+    /// Apply everything to the disks and stop serving them; they are plain images again.
+    Unprotect(unprotect::UnprotectArgs),
+    /// Show the state of every group.
+    Status(status::StatusArgs),
+    /// Wait until everything acknowledged so far is durable at the target.
+    Sync(sync::SyncArgs),
+    /// Protected disks.
+    #[command(subcommand)]
+    Disk(disk::DiskCommand),
+    /// The filter process of a group.
+    #[command(hide = true)]
+    RunFilter(run::GroupArgs),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -112,6 +135,13 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
 
 fn run(command: Command, context: &Context) -> Outcome {
     match command {
+        Command::Agent(command) => agent::run(&command, context),
+        Command::Protect(args) => protect::run(&args, context),
+        Command::Unprotect(args) => unprotect::run(&args, context),
+        Command::Status(args) => status::run(&args, context),
+        Command::Sync(args) => sync::run(&args, context),
+        Command::Disk(command) => disk::run(&command, context),
+        Command::RunFilter(args) => run::filter(&args, context),
         Command::Completions { shell } => completions(shell, context),
     }
 }
@@ -119,6 +149,11 @@ fn run(command: Command, context: &Context) -> Outcome {
 /// The clap tree, for completions and tests.
 pub fn command() -> clap::Command {
     Cli::command()
+}
+
+/// A wrong command line that clap cannot see.
+pub fn usage_failure(what: impl Into<String>) -> Failure {
+    Failure::coded(Exit::Usage, 2, what).hint("standfast --help, or --help behind the command")
 }
 
 /// Help and version are answers; anything else is a usage error, exit code 2.
@@ -169,26 +204,6 @@ fn start_log(context: &Context, no_color: bool) {
         .with_ansi(!plain && std::io::stderr().is_terminal())
         .log_internal_errors(false)
         .try_init();
-}
-
-/// Where an NBD server listens: `ADDR:PORT` or `unix:PATH`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Listen {
-    /// TCP, as given.
-    Tcp(String),
-    /// A Unix socket.
-    Unix(PathBuf),
-}
-
-impl FromStr for Listen {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.strip_prefix("unix:") {
-            Some("") => Err("unix: needs a path".into()),
-            Some(path) => Ok(Self::Unix(PathBuf::from(path))),
-            None => parse_address(text).map(Self::Tcp),
-        }
-    }
 }
 
 /// Checks `HOST:PORT` and returns it; the host may be a name.

@@ -3,6 +3,12 @@
 //!
 //! | part | module |
 //! |---|---|
+//! | the agent | [`agent`] |
+//! | what a protected group looks like from its machine | [`source`] |
+//! | the Status document | [`status`] |
+//! | a process that is kept running | [`worker`] |
+//! | whether a disk may be protected | [`backing`] |
+//! | making a group and taking it apart | [`enlist`] |
 //! | local control sockets: one JSON document a line, each way | [`control`] |
 //! | one process of a role at a time; starting, finding, stopping one | [`process`] |
 //! | when to start a process again | [`supervise`] |
@@ -17,9 +23,16 @@ use std::time::Duration;
 
 use crate::errors::{Failure, IoContext, Outcome};
 
+pub mod agent;
+pub mod backing;
 pub mod control;
+pub mod enlist;
 pub mod process;
+pub mod remote;
+pub mod source;
+pub mod status;
 pub mod supervise;
+pub mod worker;
 
 /// Becomes true when the process is asked to stop (SIGTERM, SIGINT, SIGHUP).
 pub fn stop_flag() -> Outcome<Arc<AtomicBool>> {

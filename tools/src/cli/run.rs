@@ -1,0 +1,65 @@
+//! Hidden commands that the daemons start as processes of their own: a group's
+//! filter, its replicator, a FUSE front end.
+//!
+//! Each leaves the starter's session, takes its role's lock (so that there is
+//! one of its kind and the next agent finds it) and runs until it is told to stop.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use blockfilter::config::GroupPaths;
+use blockfilter::control::{Client, Request};
+use blockfilter::names::Name;
+use clap::Args;
+
+use super::Context;
+use crate::daemon::{self, agent, process};
+use crate::errors::{Exit, Failure, Outcome};
+
+/// Arguments of `run-filter` and `run-replicator`.
+#[derive(Debug, Args)]
+pub struct GroupArgs {
+    /// The group.
+    pub group: Name,
+}
+
+/// The filter process of a group (decision 4: no replication code in it).
+///
+/// SIGTERM, as at shutdown, applies everything and marks the journal clean:
+/// the arena does not outlive the machine.
+pub fn filter(args: &GroupArgs, context: &Context) -> Outcome {
+    process::detach();
+    let stop = daemon::stop_flag()?;
+    let (config, paths) = agent::load_config(&context.dir, &args.group)?;
+    let _role = agent::take_role(&paths, "filter")?;
+    let watched = paths.clone();
+    let watch = move || stop_filter_on(&stop, &watched);
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(watch)
+        .map_err(|e| Failure::io("cannot start a thread", &e))?;
+    let options = blockfilter::group::serve::ServeOptions::default();
+    let ready = || tracing::info!(group = %args.group, "the filter serves");
+    blockfilter::group::run(&config, &paths, options, ready).map_err(|error| {
+        Failure::new(Exit::WrongState, format!("the filter of {} ended", args.group))
+            .why(error.to_string())
+    })
+}
+
+/// Once a signal came: tells the filter to stop, as often as needed.
+fn stop_filter_on(stop: &Arc<AtomicBool>, paths: &GroupPaths) {
+    loop {
+        if stop.load(Ordering::SeqCst) {
+            let asked = Client::connect(&paths.filter_socket())
+                .and_then(|mut c| c.ask(&Request::Stop { drain: true }, STOP_TIMEOUT));
+            match asked {
+                Ok(_) => return,
+                Err(error) => tracing::warn!(%error, "the filter does not stop yet"),
+            }
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+const STOP_TIMEOUT: Duration = Duration::from_secs(600);

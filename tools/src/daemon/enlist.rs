@@ -1,0 +1,236 @@
+//! Making a group and taking it apart: the steps of `protect` and `unprotect`
+//! on this machine's files.
+//!
+//! A group exists from the moment its `group.json` is durable until that file
+//! is removed; everything before and after is undone or finished by whoever
+//! comes next. The disks themselves are not changed by any step here except
+//! [`take_apart`], which lets the filter write back what the journal holds.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use blockfilter::config::{GroupConfig, GroupPaths};
+use blockfilter::control::{Client, Reply, Request};
+use blockfilter::engine::real::RealFiles;
+use blockfilter::engine::{Clock, Files};
+use blockfilter::names::Name;
+
+use super::agent::{group_names, load_config, role_lock};
+use super::backing;
+use super::process::{RoleLock, Running};
+use super::source::ask_filter;
+use crate::errors::{Exit, Failure, IoContext, Outcome};
+use crate::units::show_bytes;
+
+/// Refuses a disk that a group of this agent already has, and a journal that
+/// one of them uses.
+pub fn check_unprotected(dir: &Path, group: &Name, paths: &[PathBuf]) -> Outcome {
+    for name in group_names(dir) {
+        if name == *group {
+            let what = format!("group {group} is already protected here");
+            return Err(Failure::coded(Exit::Busy, 12, what)
+                .hint(format!("standfast status {group} --dir {}", dir.display())));
+        }
+        let (config, _) = load_config(dir, &name)?;
+        for disk in &config.disks {
+            let taken = backing::identity_of(&disk.path);
+            let clash = |path: &&PathBuf| {
+                **path == disk.path || (taken.is_some() && backing::identity_of(path) == taken)
+            };
+            if let Some(path) = paths.iter().find(clash) {
+                let what = format!("{} is already protected", path.display());
+                return Err(Failure::coded(Exit::Busy, 13, what)
+                    .why(format!("it is disk {}.{}", config.group, disk.disk))
+                    .hint(format!("standfast unprotect {} first", config.group)));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Room for the journal where it will be, and for the arena in memory.
+pub fn check_room(config: &GroupConfig) -> Outcome {
+    let folder = config.journal.parent().unwrap_or(Path::new("/"));
+    // The group's own folder is made later: ask the nearest one that exists.
+    let existing = folder.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+    let room = |path: &Path, need: u64, what: &str, option: &str| {
+        let free =
+            RealFiles.free_bytes(path).failed(format!("cannot look at {}", path.display()))?;
+        if free >= need {
+            return Ok(());
+        }
+        Err(Failure::coded(Exit::Failed, 11, format!("not enough room for the {what}"))
+            .why(format!(
+                "{} are needed in {}, {} are free",
+                show_bytes(need),
+                path.display(),
+                show_bytes(free)
+            ))
+            .hint(format!("free some space, or give a smaller {option}")))
+    };
+    room(
+        existing,
+        config.journal_bytes + MARGIN,
+        "journal",
+        "--journal-size, or --journal PATH on another file system",
+    )?;
+    room(Path::new("/dev/shm"), config.arena_bytes, "arena", "--arena-size")
+}
+
+/// Makes folder, journal and configuration of a group, in this order, or
+/// nothing: on a failure or when `stop` becomes true all is removed again.
+pub fn make(
+    config: &GroupConfig,
+    paths: &GroupPaths,
+    stop: &AtomicBool,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Outcome {
+    if config.journal.exists() {
+        let what = format!("{} exists already", config.journal.display());
+        return Err(Failure::coded(Exit::Busy, 14, what)
+            .why("a journal is never made over another file")
+            .hint("remove it, or choose another path with --journal"));
+    }
+    super::private_dir(paths.dir())?;
+    let mut step = |done, total| {
+        progress(done, total);
+        match stop.load(Ordering::SeqCst) {
+            true => Err(io::ErrorKind::Interrupted.into()),
+            false => Ok(()),
+        }
+    };
+    let made = blockfilter::journal::create(&RealFiles, config, &mut step)
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::Interrupted => {
+                Failure::new(Exit::Interrupted, "interrupted; nothing was changed")
+            }
+            _ => {
+                Failure::io(format!("cannot make the journal {}", config.journal.display()), &error)
+            }
+        })
+        .and_then(|()| {
+            config.store(&RealFiles, paths).failed("cannot write the group's configuration")
+        });
+    if made.is_err() {
+        let _ = std::fs::remove_file(&config.journal);
+        let _ = std::fs::remove_dir_all(paths.dir());
+    }
+    made
+}
+
+/// Refuses while clients use the disks: a loop device or mount on a FUSE file,
+/// or NBD connections (given `grace` to go away).
+pub fn check_unused(config: &GroupConfig, paths: &GroupPaths, clock: &dyn Clock) -> Outcome {
+    let busy = |why: String| {
+        Failure::coded(Exit::Busy, 15, format!("the disks of group {} are in use", config.group))
+            .why(why)
+            .hint("unmount and detach them first, or say --force")
+    };
+    for disk in config
+        .fuse
+        .iter()
+        .flat_map(|dir| config.disks.iter().map(move |d| dir.join(d.disk.as_str())))
+    {
+        if let Some(device) = backing::loop_on(&disk, None) {
+            return Err(busy(format!("{device} is a loop device on {}", disk.display())));
+        }
+    }
+    // The replicator's and the FUSE process's connections are ours.
+    let deadline = clock.mono_us() + GRACE_US;
+    let ours =
+        u32::from(RoleLock::holder(&role_lock(paths, "replicator")).is_ok_and(|p| p.is_some()))
+            + u32::from(config.fuse.is_some()) * config.disks.len() as u32;
+    while let Some(status) = ask_filter(paths) {
+        if status.connections <= ours {
+            break;
+        }
+        if clock.mono_us() >= deadline {
+            return Err(busy(format!("{} NBD connections are open", status.connections - ours)));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+/// Ends the processes of a role without an agent, and waits for it.
+pub fn end_role(paths: &GroupPaths, role: &str, clock: &dyn Clock) -> Outcome {
+    let lock = role_lock(paths, role);
+    let what = || format!("cannot end the {role}");
+    let Some(pid) = RoleLock::holder(&lock).failed(what())? else { return Ok(()) };
+    let Some(mut process) = Running::adopt(pid, &lock).failed(what())? else { return Ok(()) };
+    process.signal(false);
+    let started = clock.mono_us();
+    while process.ended().is_none() {
+        let waited = clock.mono_us() - started;
+        if waited > 2 * END_US {
+            return Err(Failure::new(
+                Exit::TimedOut,
+                format!("the {role} (process {pid}) does not end"),
+            ));
+        }
+        if waited > END_US {
+            process.signal(true);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// Applies everything to the disks and ends the filter; without a filter it
+/// recovers and applies in this process. On return the disks are plain images.
+pub fn drain(config: &GroupConfig, paths: &GroupPaths, clock: &dyn Clock) -> Outcome {
+    let lock = role_lock(paths, "filter");
+    let what = format!("cannot apply the journal of group {} to its disks", config.group);
+    let hint = "nothing is lost: the journal and the disks stay as they are; repair and try again";
+    if let Ok(mut filter) = Client::connect(&paths.filter_socket()) {
+        match filter.ask(&Request::Stop { drain: true }, DRAIN_TIMEOUT) {
+            Ok(Reply::Stopped) => {}
+            Ok(other) => return Err(Failure::new(Exit::Failed, what).why(format!("{other:?}"))),
+            // It may have died on the way: the recovery below is right for that too.
+            Err(error) => tracing::warn!(%error, "the filter did not confirm its stop"),
+        }
+    }
+    let deadline = clock.mono_us() + FILTER_END_US;
+    while RoleLock::holder(&lock).failed(what.clone())?.is_some() {
+        if clock.mono_us() >= deadline {
+            return Err(Failure::coded(Exit::Busy, 16, what)
+                .why("the filter still runs and does not answer")
+                .hint(hint));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let _held = RoleLock::take(&lock)
+        .map_err(|error| Failure::coded(Exit::Busy, 16, what.clone()).why(error.to_string()))?;
+    blockfilter::group::drain(config, paths)
+        .map_err(|error| Failure::new(Exit::Failed, what).why(error.to_string()).hint(hint))
+}
+
+/// Removes a drained group: configuration first, so that it no longer exists,
+/// then journal and folder.
+pub fn remove(config: &GroupConfig, paths: &GroupPaths) -> Outcome {
+    let what = format!("cannot remove the files of group {}", config.group);
+    RealFiles.remove(&paths.config()).failed(what.clone())?;
+    RealFiles.sync_dir(paths.dir()).failed(what.clone())?;
+    for path in [config.journal.clone(), config.arena_path()] {
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(Failure::io(format!("cannot remove {}", path.display()), &error));
+            }
+            _ => {}
+        }
+    }
+    for socket in [paths.filter_socket(), paths.nbd_socket(), paths.replicator_socket()] {
+        let _ = std::fs::remove_file(socket);
+    }
+    RealFiles.remove_dir_all(paths.dir()).failed(what)
+}
+
+/// What a file system keeps for itself beside the journal.
+const MARGIN: u64 = 16 << 20;
+const GRACE_US: u64 = 2_000_000;
+const END_US: u64 = 10_000_000;
+const FILTER_END_US: u64 = 60_000_000;
+/// A drain writes at most a journal's worth of blocks.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(3600);
