@@ -212,6 +212,9 @@ enum Step {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Marker {
     NotNeeded,
+    /// What the journal made durable goes to the disks first: it will not be replayed.
+    Applying,
+    Syncing,
     Due,
     Running,
     Done,
@@ -570,7 +573,10 @@ impl Filter {
 
     /// What may be applied now ends here (I3).
     fn apply_limit(&self) -> u64 {
-        if self.mode == Mode::Unjournaled { self.open.lsn } else { self.durable }
+        match self.marker {
+            Marker::Done => self.open.lsn,
+            _ => self.durable,
+        }
     }
 
     /// The disks are synced up to here.
@@ -707,11 +713,21 @@ impl Filter {
     /// Without a journal, durable means on the disks and synced.
     fn poll_unjournaled(&mut self, mem: &mut impl Memory, now: u64) -> Option<Action> {
         match self.marker {
+            Marker::Applying if self.apply.is_some() || self.syncing.is_some() => return None,
+            Marker::Applying if self.applied < self.durable => {
+                self.pressed.get_or_insert(Stall::Arena);
+                return self.poll_apply(now);
+            }
+            Marker::Applying => {
+                self.marker = Marker::Syncing;
+                self.syncing = Some((self.applied, self.applied_crc));
+                return Some(Action::SyncDisks);
+            }
             Marker::Due => {
                 self.marker = Marker::Running;
                 return Some(Action::MarkUnjournaled);
             }
-            Marker::Running => return None,
+            Marker::Syncing | Marker::Running => return None,
             Marker::NotNeeded | Marker::Done => {}
         }
         if self.commit_due(now) || self.drain {
@@ -796,6 +812,7 @@ impl Filter {
         let Some(reached) = self.syncing.take() else { return };
         match result {
             Err(disk) => self.lose_disk(disk),
+            Ok(()) if self.marker == Marker::Syncing => self.marker = Marker::Due,
             Ok(()) if self.mode == Mode::Unjournaled => self.durable = self.durable.max(reached.0),
             Ok(()) => self.synced = Some(reached),
         }
@@ -827,7 +844,7 @@ impl Filter {
     fn lose_journal(&mut self) {
         if self.mode != Mode::Unjournaled {
             self.mode = Mode::Unjournaled;
-            self.marker = Marker::Due;
+            self.marker = Marker::Applying;
             self.commit = None;
             self.segments.clear();
             self.synced = None;

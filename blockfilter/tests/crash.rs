@@ -1,0 +1,450 @@
+//! The filter over simulated and real files: crashes at every point, restarts,
+//! engines, failures, all against a model that is simply the operations in order.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use blockfilter::block::ZeroFlags;
+use blockfilter::config::{DiskConfig, GroupConfig};
+use blockfilter::control::Mode;
+use blockfilter::engine::blocking::Blocking;
+use blockfilter::engine::queue::{Engine, Inline};
+use blockfilter::engine::real::RealFiles;
+use blockfilter::engine::record::{Failure, Fault, Op, Rng, SimFiles, Sweep, for_each_crash};
+use blockfilter::engine::uring::Uring;
+use blockfilter::engine::{Clock, Files, Open};
+use blockfilter::group::serve::{settle, wait_until};
+use blockfilter::group::start::recover;
+use blockfilter::group::volume::{Refusal, Volume, VolumeEvent};
+use blockfilter::journal;
+use blockfilter::journal::format::RecOp;
+use blockfilter::journal::reader::JournalReader;
+use blockfilter::names::Lsn;
+
+const DISKS: usize = 2;
+const DISK: u64 = 256 * 512;
+
+/// Time that moves only when a test says so.
+#[derive(Debug, Default)]
+struct TestClock(AtomicU64);
+
+impl TestClock {
+    fn advance(&self, us: u64) {
+        self.0.fetch_add(us, Ordering::SeqCst);
+    }
+}
+
+impl Clock for TestClock {
+    fn mono_us(&self) -> u64 {
+        self.0.load(Ordering::SeqCst)
+    }
+    fn wall_us(&self) -> u64 {
+        1_700_000_000_000_000 + self.mono_us()
+    }
+}
+
+struct Site {
+    config: GroupConfig,
+    clock: Arc<TestClock>,
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(self.config.arena_path());
+    }
+}
+
+fn site(dir: &Path, chunks: u64) -> Site {
+    let disk = |i: usize| DiskConfig {
+        disk: format!("d{i}").parse().unwrap(),
+        path: dir.join(format!("d{i}.img")),
+        uuid: uuid::Uuid::new_v4(),
+        size_bytes: DISK,
+    };
+    let config = GroupConfig {
+        group: "g".parse().unwrap(),
+        uuid: uuid::Uuid::new_v4(),
+        disks: (0..DISKS).map(disk).collect(),
+        journal: dir.join("journal"),
+        journal_bytes: (2 << 20) + (chunks << 20),
+        chunk_bytes: 1 << 20,
+        arena_bytes: 2 << 20,
+        nbd_tcp: None,
+        fuse: None,
+    };
+    Site { config, clock: Arc::new(TestClock::default()) }
+}
+
+impl Site {
+    fn create(&self, files: &dyn Files) {
+        for disk in &self.config.disks {
+            let file = files.open(&disk.path, Open::CreateNew).unwrap();
+            file.set_len(DISK).unwrap();
+            file.sync_data().unwrap();
+        }
+        journal::create(files, &self.config, &mut |_, _| Ok(())).unwrap();
+    }
+
+    fn open(&self, files: Arc<dyn Files>, engine: &str) -> Result<Volume, String> {
+        let journal = files.open(&self.config.journal, Open::Direct).unwrap();
+        let disks = self.config.disks.iter();
+        let disks = disks.map(|d| files.open(&d.path, Open::ReadWrite).unwrap()).collect();
+        let marker = self.config.journal.with_file_name("unjournaled");
+        let now = self.clock.mono_us();
+        let parts =
+            recover(&self.config, files, journal, disks, marker, now).map_err(|e| e.to_string())?;
+        let engine: Box<dyn Engine> = match engine {
+            "inline" => Box::new(Inline::new(parts.target.clone()).unwrap()),
+            "blocking" => Box::new(Blocking::new(&parts.target, "test").unwrap()),
+            _ => Box::new(Uring::new(&parts.target).unwrap()),
+        };
+        let path = self.config.arena_path();
+        let clock = self.clock.clone();
+        let (filter, overlays) = (parts.filter, parts.overlays);
+        let mut volume =
+            Volume::new(filter, overlays, parts.disks, parts.target, engine, clock, path);
+        settle(&mut volume).unwrap();
+        Ok(volume)
+    }
+
+    /// As after a power cut: the memory is gone.
+    fn lose_memory(&self) {
+        let _ = std::fs::remove_file(self.config.arena_path());
+    }
+}
+
+/// The disks as plain bytes.
+#[derive(Clone, PartialEq, Eq)]
+struct Model(Vec<Vec<u8>>);
+
+impl Model {
+    fn new() -> Self {
+        Self(vec![vec![0; DISK as usize]; DISKS])
+    }
+    fn hash(&self) -> u64 {
+        let crc = |d: &Vec<u8>| u64::from(crc32c::crc32c(d));
+        self.0.iter().fold(7, |h: u64, d| h.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ crc(d))
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Write { disk: u8, offset: u64, data: Vec<u8>, fua: bool },
+    Zero { disk: u8, offset: u64, len: u64, trim: bool },
+    Flush,
+    Wait(u64),
+}
+
+fn random_act(rng: &mut Rng, stamp: u64) -> Act {
+    let disk = rng.below(DISKS as u64) as u8;
+    let unit = if rng.below(8) == 0 { 100 } else { 512 };
+    let offset = rng.below(DISK / unit - 1) * unit;
+    let most = if rng.below(6) == 0 { 80 * 512 } else { 12 * 512 };
+    let len = ((rng.below(most / unit) + 1) * unit).min(DISK - offset);
+    match rng.below(20) {
+        0..=11 => {
+            let mut data = vec![0; len as usize];
+            for (i, chunk) in data.chunks_mut(8).enumerate() {
+                let word = (stamp << 16 | (i as u64 & 0xffff)).to_le_bytes();
+                chunk.copy_from_slice(&word[..chunk.len()]);
+            }
+            Act::Write { disk, offset, data, fua: rng.below(8) == 0 }
+        }
+        12..=14 => Act::Zero { disk, offset, len, trim: rng.below(2) == 0 },
+        15..=16 => Act::Flush,
+        _ => Act::Wait(rng.below(150_000)),
+    }
+}
+
+fn until<T>(volume: &mut Volume, mut act: impl FnMut(&mut Volume) -> Result<T, Refusal>) -> T {
+    let mut found = None;
+    wait_until(volume, |v| {
+        match act(v) {
+            Ok(value) => found = Some(value),
+            Err(Refusal::Stalled) => {}
+            Err(Refusal::Fail(errno)) => panic!("refused: {errno:?}"),
+        }
+        found.is_some()
+    })
+    .unwrap();
+    found.unwrap()
+}
+
+/// Waits until everything admitted is durable; somebody waits for it already.
+fn settle_all(volume: &mut Volume) {
+    let end = volume.positions().admitted;
+    wait_until(volume, |v| v.positions().durable >= end).unwrap();
+    volume.turn(&mut Vec::<VolumeEvent>::new());
+}
+
+/// Carries out an act on both; true if everything before it is durable on return.
+fn carry_out(volume: &mut Volume, model: &mut Model, clock: &TestClock, act: &Act) -> bool {
+    let durable = match act {
+        Act::Write { disk, offset, data, fua } => {
+            let (mut done, mut end) = (0, 0);
+            while done < data.len() {
+                let at = offset + done as u64;
+                let (n, e) = until(volume, |v| v.write(*disk, at, &data[done..], *fua));
+                done += n;
+                end = e;
+            }
+            let from = *offset as usize;
+            model.0[usize::from(*disk)][from..from + data.len()].copy_from_slice(data);
+            if *fua && !volume.wait_durable(end, 1) {
+                settle_all(volume);
+            }
+            *fua
+        }
+        Act::Zero { disk, offset, len, trim } => {
+            let mut done = 0;
+            while done < *len {
+                let flags = ZeroFlags::default();
+                done += until(volume, |v| v.zero(*disk, offset + done, len - done, flags, *trim)).0;
+            }
+            let range = *offset as usize..(offset + len) as usize;
+            model.0[usize::from(*disk)][range].fill(0);
+            false
+        }
+        Act::Flush => {
+            if !volume.flush(2) {
+                settle_all(volume);
+            }
+            true
+        }
+        Act::Wait(us) => {
+            clock.advance(*us);
+            false
+        }
+    };
+    volume.turn(&mut Vec::new());
+    durable
+}
+
+fn content(volume: &mut Volume) -> Model {
+    let mut disks = Vec::new();
+    for d in 0..DISKS {
+        disks.push(volume.read_blocking(d as u8, 0, DISK).unwrap());
+    }
+    Model(disks)
+}
+
+/// Cut at every mutation, with every kind of survivor: what was flushed is there, and the
+/// whole is the state after some number of operations (no holes in the order).
+#[test]
+fn after_a_power_cut_the_disks_are_a_prefix_with_everything_flushed() {
+    for seed in [1, 2, 3] {
+        println!("seed {seed}");
+        let mut rng = Rng::new(seed);
+        let files = SimFiles::new();
+        let site = site(Path::new("/"), 5);
+        site.create(&files);
+        files.settle();
+        let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+        let mut model = Model::new();
+        let mut hashes = vec![model.hash()];
+        // (log length, operations that must survive a cut from there on)
+        let mut promised = vec![(0, 0)];
+        for stamp in 1..90 {
+            let act = random_act(&mut rng, stamp);
+            let durable = carry_out(&mut volume, &mut model, &site.clock, &act);
+            assert!(content(&mut volume) == model, "seed {seed}, operation {stamp}: {act:?}");
+            hashes.push(model.hash());
+            if durable {
+                promised.push((files.log_len(), hashes.len() - 1));
+            }
+        }
+        drop(volume);
+        let log = files.log();
+        let sweep = Sweep { seed, random: 1, ..Sweep::default() };
+        let states = for_each_crash(&log, sweep, |files, point| {
+            site.lose_memory();
+            let least = promised.iter().rev().find(|(at, _)| *at <= point.at).unwrap().1;
+            let mut volume = site
+                .open(Arc::new(files), "inline")
+                .unwrap_or_else(|e| panic!("seed {seed} {point:?}: {e}"));
+            let found = content(&mut volume).hash();
+            let prefix = hashes[least..].contains(&found);
+            assert!(prefix, "seed {seed} {point:?}: not a prefix with the first {least}");
+        });
+        println!("{states} crash states");
+        assert!(states > 100);
+    }
+}
+
+/// A process that dies loses nothing, flushed or not.
+#[test]
+fn after_a_kill_every_acknowledged_write_is_there() {
+    for (seed, engine) in [(1, "inline"), (2, "blocking"), (3, "io_uring"), (4, "io_uring")] {
+        println!("seed {seed} {engine}");
+        let mut rng = Rng::new(seed);
+        let dir = tempfile::tempdir().unwrap();
+        let site = site(dir.path(), 6);
+        site.create(&RealFiles);
+        let mut model = Model::new();
+        let mut stamp = 0;
+        for life in 0..30 {
+            let mut volume = site.open(Arc::new(RealFiles), engine).unwrap();
+            assert!(content(&mut volume) == model, "seed {seed}, life {life}");
+            assert_eq!(volume.positions().incarnation, 1, "no unclean start happened");
+            for _ in 0..rng.below(60) {
+                stamp += 1;
+                let act = random_act(&mut rng, stamp);
+                carry_out(&mut volume, &mut model, &site.clock, &act);
+            }
+            assert!(content(&mut volume) == model);
+        }
+    }
+}
+
+/// I25: after a drain the files are plain images, equal to what was read.
+#[test]
+fn after_a_drain_the_files_are_the_disks_and_the_journal_is_clean() {
+    let dir = tempfile::tempdir().unwrap();
+    let site = site(dir.path(), 6);
+    site.create(&RealFiles);
+    let mut rng = Rng::new(11);
+    let mut model = Model::new();
+    for round in 0..3 {
+        let mut volume = site.open(Arc::new(RealFiles), "io_uring").unwrap();
+        assert_eq!(volume.positions().incarnation, 1, "the last stop was clean");
+        for stamp in 0..80 {
+            let act = random_act(&mut rng, round * 100 + stamp);
+            carry_out(&mut volume, &mut model, &site.clock, &act);
+        }
+        volume.filter().request_drain();
+        wait_until(&mut volume, |v| v.filter().drained()).unwrap();
+        volume.remove_arena();
+        drop(volume);
+        for (disk, expect) in site.config.disks.iter().zip(&model.0) {
+            assert!(std::fs::read(&disk.path).unwrap() == *expect, "round {round}");
+        }
+    }
+}
+
+/// What the replicator reads, applied in order, is the disk.
+#[test]
+fn the_reader_sees_every_record_once_and_in_order() {
+    for engine in ["blocking", "io_uring"] {
+        let dir = tempfile::tempdir().unwrap();
+        let site = site(dir.path(), 24);
+        site.create(&RealFiles);
+        let mut volume = site.open(Arc::new(RealFiles), engine).unwrap();
+        let s = volume.filter().begin_seed().unwrap();
+        let mut reader = JournalReader::open(&site.config).unwrap();
+        let mut rng = Rng::new(21);
+        let (mut model, mut copy) = (Model::new(), Model::new());
+        let (mut from, mut last, mut buf) = (Lsn(s), 0, Vec::new());
+        for stamp in 1..400 {
+            let act = random_act(&mut rng, stamp);
+            carry_out(&mut volume, &mut model, &site.clock, &act);
+            if stamp % 37 != 0 {
+                continue;
+            }
+            carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
+            let durable = volume.positions().durable;
+            while from < durable {
+                let (batches, next) = reader.read(from, durable, 300_000, &mut buf).unwrap();
+                for batch in batches {
+                    for desc in batch.descs(&buf) {
+                        assert!(desc.lsn.get() > last, "I1: LSNs increase");
+                        last = desc.lsn.get();
+                        let disk = &mut copy.0[usize::from(desc.disk)];
+                        let range = desc.offset.get() as usize..desc.end() as usize;
+                        match desc.rec_op().unwrap() {
+                            RecOp::Write => {
+                                let at = batch.bytes.start + desc.payload_off.get() as usize;
+                                disk[range.clone()].copy_from_slice(&buf[at..at + range.len()]);
+                            }
+                            RecOp::Zero | RecOp::Trim => disk[range].fill(0),
+                            other => panic!("{other:?}"),
+                        }
+                    }
+                }
+                assert!(next > from);
+                from = next;
+            }
+            assert!(copy == model, "{engine}, operation {stamp}");
+        }
+    }
+}
+
+/// A journal full of what the target lacks freezes; writes go on.
+#[test]
+fn a_full_journal_freezes_durably_and_blocks_no_write() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    site.create(&files);
+    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+    volume.filter().begin_seed().unwrap();
+    let mut model = Model::new();
+    for i in 0..600 {
+        site.clock.advance(30_000);
+        let data = vec![9; 64 * 512];
+        let act = Act::Write { disk: 0, offset: i % 3 * 32768, data, fua: false };
+        carry_out(&mut volume, &mut model, &site.clock, &act);
+    }
+    assert_eq!(volume.positions().mode, Mode::Frozen);
+    drop(volume);
+    let mut volume = site.open(Arc::new(files), "inline").unwrap();
+    assert_eq!(volume.positions().mode, Mode::Frozen, "durably");
+    assert!(content(&mut volume) == model);
+    let s = volume.filter().begin_seed().unwrap();
+    assert_eq!(volume.positions().mode, Mode::Shipping);
+    assert_eq!(volume.positions().ship_floor, Lsn(s));
+}
+
+/// Decisions 9 and 10: the journal's death costs protection, not production.
+#[test]
+fn a_failed_journal_leaves_the_disks_served_and_is_never_replayed() {
+    for op in [Op::Write, Op::SyncData] {
+        let files = SimFiles::new();
+        let site = site(Path::new("/"), 6);
+        site.create(&files);
+        files.settle();
+        let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+        let mut rng = Rng::new(5);
+        let mut model = Model::new();
+        for stamp in 1..40 {
+            let act = random_act(&mut rng, stamp);
+            carry_out(&mut volume, &mut model, &site.clock, &act);
+        }
+        let path = "/journal".into();
+        files.fail(Fault { op: Some(op), path, skip: 1, lasting: true, failure: Failure::Io });
+        for stamp in 40..120 {
+            let act = random_act(&mut rng, stamp);
+            carry_out(&mut volume, &mut model, &site.clock, &act);
+            assert!(content(&mut volume) == model, "operation {stamp}");
+        }
+        carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
+        assert_eq!(volume.positions().mode, Mode::Unjournaled);
+        drop(volume);
+        site.lose_memory();
+        let log = files.log();
+        let after = log.crash_with(log.entries.len(), &mut |_| false);
+        let mut volume = site.open(Arc::new(after), "inline").unwrap();
+        assert!(content(&mut volume) == model, "what was flushed is on the disks");
+        assert_eq!(volume.positions().mode, Mode::Unjournaled);
+    }
+}
+
+/// Protocol-aware recovery: damage to what was durable is refused, never cut off.
+#[test]
+fn damage_inside_the_durable_journal_is_refused() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    site.create(&files);
+    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+    let mut model = Model::new();
+    for i in 0..4u64 {
+        let data = vec![i as u8 + 1; 4096];
+        let act = Act::Write { disk: 0, offset: i * 4096, data, fua: true };
+        carry_out(&mut volume, &mut model, &site.clock, &act);
+    }
+    drop(volume);
+    site.lose_memory();
+    let first_payload = journal::format::SLOTS_AT + 4096 + 4096 + 100;
+    files.flip(&PathBuf::from("/journal"), first_payload, 1);
+    let error = site.open(Arc::new(files), "inline").unwrap_err();
+    assert!(error.contains("damaged"), "{error}");
+}
