@@ -1,6 +1,11 @@
 //! Steps 7 and 8 of the walk of one write: from the journal to the target.
 
+pub mod codec;
+pub mod epoch;
 pub mod frame;
 pub mod identity;
+pub mod pace;
+pub mod session;
 pub mod token;
+pub mod transport;
 pub mod wire;

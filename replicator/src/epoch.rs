@@ -1,0 +1,411 @@
+//! From durable batches to epochs, and from epochs to frames. (pure)
+//!
+//! Owns where epochs end and what may be dropped inside one. Holds: an epoch is
+//! whole batches of one incarnation and generation, nothing follows a mark
+//! in its epoch; a record is dropped only if all of it is overwritten later in
+//! the same epoch, so the state at every epoch's end is exactly the source's
+//! prefix; positions have no gap from epoch to epoch. Labels follow the source's
+//! clock; a step back of up to five minutes is held back (ruling 19). Before it:
+//! the journal's reader. After it: codec and channel.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+use std::sync::Arc;
+
+use blockfilter::journal::format::{BATCH_FLUSH, BATCH_MARK, BatchHdr, RECS_MAX, RecDesc, RecOp};
+use blockfilter::names::Lsn;
+use zerocopy::FromBytes;
+
+use crate::frame::FrameBuf;
+use crate::wire::{
+    CodecId, FRAME_EPOCH_END, FRAME_MARK, FRAME_RAW_MAX, FRAME_RECS_MAX, FrameHdr, Kind,
+};
+
+/// A batch inside a buffer that several batches share.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// Its header, checked.
+    pub hdr: BatchHdr,
+    /// The buffer.
+    pub data: Arc<Vec<u8>>,
+    /// The batch in it, header page first.
+    pub bytes: Range<usize>,
+}
+
+impl Batch {
+    fn end(&self) -> u64 {
+        self.hdr.lsn.get() + u64::from(self.hdr.total_len.get())
+    }
+
+    fn same_writer(&self, other: &Self) -> bool {
+        self.hdr.incarnation == other.hdr.incarnation && self.hdr.generation == other.hdr.generation
+    }
+
+    fn descs(&self) -> Result<&[RecDesc], EpochError> {
+        let count = usize::from(self.hdr.n_rec.get());
+        let bytes = self
+            .data
+            .get(self.bytes.clone())
+            .and_then(|b| b.get(size_of::<BatchHdr>()..))
+            .and_then(|b| b.get(..count.min(RECS_MAX) * size_of::<RecDesc>()))
+            .ok_or(EpochError(self.hdr.lsn.get(), "descriptors"))?;
+        <[RecDesc]>::ref_from_bytes(bytes)
+            .map_err(|_| EpochError(self.hdr.lsn.get(), "descriptors"))
+    }
+}
+
+/// A batch that does not fit the format; reading the journal must start again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the batch at {0} has bad {1}")]
+pub struct EpochError(pub u64, pub &'static str);
+
+/// When epochs end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Caught up, after a batch that a FLUSH waited for: not before, microseconds.
+    pub min_us: u64,
+    /// Caught up: not after, microseconds.
+    pub max_us: u64,
+    /// Behind: longest span of the source's time, microseconds.
+    pub behind_us: u64,
+    /// Most bytes of batches.
+    pub bytes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { min_us: 5_000, max_us: 100_000, behind_us: 1_000_000, bytes: 32 << 20 }
+    }
+}
+
+/// Collects batches into epochs.
+#[derive(Debug)]
+pub struct Builder {
+    limits: Limits,
+    /// End of the last epoch that was closed.
+    closed: u64,
+    /// Position behind the last batch and any padding.
+    reached: u64,
+    open: Vec<Batch>,
+    open_bytes: usize,
+    open_since: Option<u64>,
+    ready: VecDeque<Epoch>,
+    label_us: u64,
+}
+
+impl Builder {
+    /// Epochs start at `from`.
+    pub fn new(limits: Limits, from: Lsn) -> Self {
+        Self {
+            limits,
+            closed: from.0,
+            reached: from.0,
+            open: Vec::new(),
+            open_bytes: 0,
+            open_since: None,
+            ready: VecDeque::new(),
+            label_us: 0,
+        }
+    }
+
+    /// Where reading goes on.
+    pub fn reached(&self) -> Lsn {
+        Lsn(self.reached)
+    }
+
+    /// Takes what one read of the journal brought: batches in order, and the
+    /// position behind them and any padding.
+    pub fn push(
+        &mut self,
+        batches: impl IntoIterator<Item = Batch>,
+        next: Lsn,
+        now_us: u64,
+    ) -> Result<(), EpochError> {
+        for batch in batches {
+            if batch.hdr.lsn.get() < self.reached {
+                return Err(EpochError(batch.hdr.lsn.get(), "position"));
+            }
+            if self.must_close_before(&batch) {
+                self.close(None)?;
+            }
+            self.reached = batch.end();
+            self.open_bytes += batch.bytes.len();
+            self.open_since.get_or_insert(now_us);
+            let mark = batch.hdr.flags & BATCH_MARK != 0;
+            self.open.push(batch);
+            if mark {
+                self.close(None)?;
+            }
+        }
+        if next.0 > self.reached {
+            self.reached = next.0;
+            self.open_since.get_or_insert(now_us);
+        }
+        Ok(())
+    }
+
+    fn must_close_before(&self, batch: &Batch) -> bool {
+        let (Some(first), Some(last)) = (self.open.first(), self.open.last()) else {
+            return false;
+        };
+        let span = batch.hdr.mono_us.get().saturating_sub(first.hdr.mono_us.get());
+        !last.same_writer(batch)
+            || span > self.limits.behind_us
+            || self.open_bytes + batch.bytes.len() > self.limits.bytes
+    }
+
+    /// The next whole epoch. `caught_up`: nothing more is durable at the source
+    /// now, so what is open may be closed by time.
+    pub fn poll(&mut self, now_us: u64, caught_up: bool) -> Result<Option<Epoch>, EpochError> {
+        if self.ready.is_empty() && caught_up && self.deadline().is_some_and(|at| now_us >= at) {
+            self.close(Some(self.reached))?;
+        }
+        Ok(self.ready.pop_front())
+    }
+
+    /// When [`Self::poll`] closes what is open if nothing more comes.
+    pub fn deadline(&self) -> Option<u64> {
+        let since = self.open_since?;
+        let flushed = self.open.last().is_some_and(|b| b.hdr.flags & BATCH_FLUSH != 0);
+        Some(since + if flushed { self.limits.min_us } else { self.limits.max_us })
+    }
+
+    /// Whether an epoch is complete already.
+    pub fn has_ready(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    fn close(&mut self, to: Option<u64>) -> Result<(), EpochError> {
+        let batches = std::mem::take(&mut self.open);
+        self.open_bytes = 0;
+        self.open_since = None;
+        let end = batches.last().map_or(self.closed, Batch::end);
+        let to = to.unwrap_or(end);
+        let epoch = Epoch::from_batches(&batches, Lsn(self.closed), Lsn(to), self.label_us)?;
+        if epoch.wall_us != 0 {
+            self.label_us = epoch.wall_us;
+        }
+        self.closed = to;
+        self.ready.push_back(epoch);
+        Ok(())
+    }
+}
+
+/// A record that is sent.
+#[derive(Clone, Debug)]
+struct Sent {
+    desc: RecDesc,
+    payload: Option<(Arc<Vec<u8>>, Range<usize>)>,
+}
+
+impl Sent {
+    fn payload(&self) -> &[u8] {
+        self.payload.as_ref().map_or(&[], |(data, range)| &data[range.clone()])
+    }
+}
+
+/// Whole batches that take effect together.
+#[derive(Debug)]
+pub struct Epoch {
+    /// Where it starts.
+    pub from: Lsn,
+    /// Where it ends: a recovery point.
+    pub to: Lsn,
+    /// Of all its batches; 0 if it has none (only padding).
+    pub incarnation: u64,
+    /// Of all its batches.
+    pub generation: u64,
+    /// Label: the source's wall clock at the last batch, never smaller than
+    /// that of the epoch before unless the clock was set back far.
+    pub wall_us: u64,
+    /// Its last record is a mark.
+    pub mark: bool,
+    /// Payload bytes before anything was dropped.
+    pub raw_bytes: u64,
+    records: Vec<Sent>,
+    sent: usize,
+    done: bool,
+}
+
+impl Epoch {
+    fn from_batches(
+        batches: &[Batch],
+        from: Lsn,
+        to: Lsn,
+        label_us: u64,
+    ) -> Result<Self, EpochError> {
+        let last = batches.last();
+        let mut epoch = Self {
+            from,
+            to,
+            incarnation: last.map_or(0, |b| b.hdr.incarnation.get()),
+            generation: last.map_or(0, |b| b.hdr.generation.get()),
+            wall_us: clamp_label(last.map_or(label_us, |b| b.hdr.wall_us.get()), label_us),
+            mark: last.is_some_and(|b| b.hdr.flags & BATCH_MARK != 0),
+            raw_bytes: 0,
+            records: Vec::new(),
+            sent: 0,
+            done: false,
+        };
+        let mut covered = Covered::default();
+        for batch in batches.iter().rev() {
+            for desc in batch.descs()?.iter().rev() {
+                epoch.raw_bytes += u64::from(desc.payload_len());
+                if covered.keeps(desc) {
+                    epoch.records.push(sent(batch, desc)?);
+                }
+            }
+        }
+        epoch.records.reverse();
+        Ok(epoch)
+    }
+
+    /// The next frame, of about `payload` bytes before compression; None after
+    /// the last. `encode` compresses, or returns None to send as it is.
+    pub fn next_frame<E>(
+        &mut self,
+        group_id: u64,
+        payload: usize,
+        mut encode: impl FnMut(&[u8]) -> Result<Option<Vec<u8>>, E>,
+    ) -> Result<Option<FrameBuf>, E> {
+        if self.done {
+            return Ok(None);
+        }
+        let first = self.sent;
+        let mut raw = Vec::with_capacity(payload.min(self.raw_bytes as usize));
+        let mut descs = Vec::new();
+        while let Some(record) = self.records.get(self.sent) {
+            let bytes = record.payload();
+            let full = raw.len() + bytes.len() > payload && !descs.is_empty();
+            if full || descs.len() == FRAME_RECS_MAX as usize {
+                break;
+            }
+            let mut desc = record.desc;
+            desc.payload_off = if bytes.is_empty() { 0 } else { raw.len() as u32 }.into();
+            raw.extend_from_slice(bytes);
+            descs.push(desc);
+            self.sent += 1;
+        }
+        self.done = self.sent == self.records.len();
+        let start = if first == 0 { self.from.0 } else { self.records[first].desc.lsn.get() };
+        let end = self.records.get(self.sent).map_or(self.to.0, |r| r.desc.lsn.get());
+        let packed = if raw.is_empty() { None } else { encode(&raw)? };
+        let codec = if packed.is_some() { CodecId::Zstd } else { CodecId::None };
+        let mark = if self.mark { FRAME_MARK } else { 0 };
+        let hdr = FrameHdr {
+            kind: Kind::Epoch as u8,
+            flags: if self.done { FRAME_EPOCH_END | mark } else { 0 },
+            codec: codec as u8,
+            group_id: group_id.into(),
+            generation: self.generation.into(),
+            incarnation: self.incarnation.into(),
+            lsn_from: start.into(),
+            lsn_to: end.into(),
+            wall_us: self.wall_us.into(),
+            raw_len: (raw.len() as u32).into(),
+            ..Default::default()
+        };
+        Ok(Some(FrameBuf::seal(hdr, &descs, packed.as_ref().unwrap_or(&raw))))
+    }
+
+    /// Fills in the writer of an epoch that has only padding.
+    pub fn set_writer(&mut self, incarnation: u64, generation: u64) {
+        if self.incarnation == 0 && self.records.is_empty() {
+            self.incarnation = incarnation;
+            self.generation = generation;
+        }
+    }
+}
+
+fn sent(batch: &Batch, desc: &RecDesc) -> Result<Sent, EpochError> {
+    let bad = |what| EpochError(batch.hdr.lsn.get(), what);
+    let len = desc.payload_len();
+    let mut desc = *desc;
+    desc.reserved = 0.into();
+    if len == 0 {
+        (desc.payload_off, desc.crc) = (0.into(), 0.into());
+        return Ok(Sent { desc, payload: None });
+    }
+    if len > FRAME_RAW_MAX {
+        return Err(bad("length of a record"));
+    }
+    let start = batch.bytes.start + desc.payload_off.get() as usize;
+    let range = start..start + len as usize;
+    if range.end > batch.bytes.end {
+        return Err(bad("payload range"));
+    }
+    if desc.rec_op() == Some(RecOp::Write) && is_zero(&batch.data[range.clone()]) {
+        desc.op = RecOp::Zero as u8;
+        (desc.payload_off, desc.crc) = (0.into(), 0.into());
+        return Ok(Sent { desc, payload: None });
+    }
+    Ok(Sent { desc, payload: Some((batch.data.clone(), range)) })
+}
+
+/// Whether all bytes are 0.
+pub fn is_zero(data: &[u8]) -> bool {
+    // Comparing a slice with itself one byte on is one memcmp.
+    data.first().is_none_or(|b| *b == 0)
+        && data[1.min(data.len())..] == data[..data.len().max(1) - 1]
+}
+
+fn clamp_label(wall_us: u64, before_us: u64) -> u64 {
+    if wall_us < before_us && before_us - wall_us <= STEP_BACK_US { before_us } else { wall_us }
+}
+
+/// What later records of the epoch overwrite, per disk: start to end.
+#[derive(Debug, Default)]
+struct Covered {
+    ranges: BTreeMap<(u8, u64), u64>,
+}
+
+impl Covered {
+    /// Going back in order: whether the record is still seen at the end. If so
+    /// it covers its range from now on.
+    fn keeps(&mut self, desc: &RecDesc) -> bool {
+        match desc.rec_op() {
+            Some(RecOp::Write | RecOp::Zero | RecOp::Trim) => {}
+            Some(RecOp::Nop) => return false,
+            Some(RecOp::Resize) => {
+                self.ranges.clear();
+                return true;
+            }
+            Some(RecOp::Mark) | None => return true,
+        }
+        let (disk, start, end) = (desc.disk, desc.offset.get(), desc.end());
+        if start == end {
+            return false;
+        }
+        let before = self.ranges.range(..=(disk, start)).next_back();
+        if let Some(((d, _), covered_to)) = before
+            && *d == disk
+            && *covered_to >= end
+        {
+            return false;
+        }
+        self.add(disk, start, end);
+        true
+    }
+
+    fn add(&mut self, disk: u8, mut start: u64, mut end: u64) {
+        if let Some(((d, s), e)) = self.ranges.range(..=(disk, start)).next_back()
+            && *d == disk
+            && *e >= start
+        {
+            start = *s;
+            end = end.max(*e);
+        }
+        while let Some(((_, s), e)) = self.ranges.range((disk, start)..=(disk, end)).next() {
+            let key = (disk, *s);
+            end = end.max(*e);
+            self.ranges.remove(&key);
+        }
+        self.ranges.insert((disk, start), end);
+    }
+}
+
+/// A clock that goes back by up to this holds the labels where they are.
+pub const STEP_BACK_US: u64 = 5 * 60 * 1_000_000;
+
+#[cfg(test)]
+mod tests;
