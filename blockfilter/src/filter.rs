@@ -326,7 +326,7 @@ impl Filter {
         let len = rec.payload.len() as u64;
         assert!(len <= self.config.record_max());
         let place = self.place(len);
-        if place.end > self.applied + self.config.arena {
+        if place.end > self.released() + self.config.arena {
             self.pressed = Some(Stall::Arena);
             return Err(Stall::Arena);
         }
@@ -385,6 +385,12 @@ impl Filter {
         self.seal(BATCH_MARK, mem, now);
         self.force_commit = true;
         Ok(self.open.lsn)
+    }
+
+    /// What the arena may have given up: at a chunk's start not yet its header page.
+    fn released(&self) -> u64 {
+        let starts_chunk = self.applied % self.config.geometry.chunk == PAGE;
+        self.applied - if starts_chunk { PAGE } else { 0 }
     }
 
     /// Calls `token` back once everything below `pos` is durable; false if it

@@ -5,6 +5,7 @@
 //! | [`wait`] | waiting for a condition with a deadline, the only pause in tests |
 //! | [`run`] | the built `standfast` and other programs, with time limits |
 //! | [`process`] | daemons that end with the test, however it ends |
+//! | [`simgroup`] | the filter over simulated files |
 //! | [`site`] | a target and an agent in a temporary folder |
 //! | [`nbd`] | a small NBD client of its own: a second reading of the protocol |
 //! | [`oracle`] | what a disk may contain, given what was written: the checker of prefixes |
@@ -18,6 +19,7 @@ pub mod nbd;
 pub mod oracle;
 pub mod process;
 pub mod run;
+pub mod simgroup;
 pub mod site;
 pub mod wait;
 pub mod writer;
