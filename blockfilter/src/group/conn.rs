@@ -354,24 +354,8 @@ impl Conn {
     ) -> io::Result<Option<Progress>> {
         match self.job.take() {
             None => Ok(None),
-            Some(Job::Fill { header, offset, fua, mut buf, mut filled }) => {
-                let have = (self.end - self.start).min(buf.len() - filled);
-                buf[filled..filled + have]
-                    .copy_from_slice(&self.window[self.start..self.start + have]);
-                self.start += have;
-                filled += have;
-                while filled < buf.len() {
-                    match self.recv_into(&mut buf[filled..])? {
-                        0 => {
-                            self.job = Some(Job::Fill { header, offset, fua, buf, filled });
-                            return Ok(Some(Progress::Input));
-                        }
-                        count => filled += count,
-                    }
-                    self.moved_at = now;
-                }
-                self.job = Some(Job::Admit { header, offset, fua, buf, done: 0, staged: true });
-                Ok(None)
+            Some(Job::Fill { header, offset, fua, buf, filled }) => {
+                self.fill_payload((header, offset, fua), buf, filled, now)
             }
             Some(Job::Admit { header, offset, fua, buf, mut done, staged }) => {
                 let result = admit_write(volume, disk, offset, &buf, &mut done, fua);
@@ -405,21 +389,59 @@ impl Conn {
                 self.admitted(volume, limits, header, flags.fua, end);
                 Ok(None)
             }
-            Some(Job::Drain { header, mut left, errno }) => {
-                loop {
-                    let have = ((self.end - self.start) as u64).min(left);
-                    self.start += have as usize;
-                    left -= have;
-                    if left == 0 {
-                        break;
-                    }
-                    if !self.receive(now)? {
-                        self.job = Some(Job::Drain { header, left, errno });
-                        return Ok(Some(Progress::Input));
-                    }
+            Some(Job::Drain { header, left, errno }) => {
+                self.drain_payload(limits, header, left, errno, now)
+            }
+        }
+    }
+
+    /// Receives the rest of a large payload.
+    fn fill_payload(
+        &mut self,
+        (header, offset, fua): (Header, u64, bool),
+        mut buf: Vec<u8>,
+        mut filled: usize,
+        now: u64,
+    ) -> io::Result<Option<Progress>> {
+        let have = (self.end - self.start).min(buf.len() - filled);
+        buf[filled..filled + have].copy_from_slice(&self.window[self.start..self.start + have]);
+        self.start += have;
+        filled += have;
+        while filled < buf.len() {
+            match self.recv_into(&mut buf[filled..]) {
+                Ok(count) if count > 0 => filled += count,
+                other => {
+                    // On an error too: closing gives back what was reserved.
+                    self.job = Some(Job::Fill { header, offset, fua, buf, filled });
+                    return other.map(|_| Some(Progress::Input));
                 }
+            }
+            self.moved_at = now;
+        }
+        self.job = Some(Job::Admit { header, offset, fua, buf, done: 0, staged: true });
+        Ok(None)
+    }
+
+    /// Throws away the payload of a refused write, then answers.
+    fn drain_payload(
+        &mut self,
+        limits: Limits,
+        header: Header,
+        mut left: u64,
+        errno: Errno,
+        now: u64,
+    ) -> io::Result<Option<Progress>> {
+        loop {
+            let have = ((self.end - self.start) as u64).min(left);
+            self.start += have as usize;
+            left -= have;
+            if left == 0 {
                 reply_error(&mut self.out, limits.structured, &header, errno);
-                Ok(None)
+                return Ok(None);
+            }
+            if !self.receive(now)? {
+                self.job = Some(Job::Drain { header, left, errno });
+                return Ok(Some(Progress::Input));
             }
         }
     }

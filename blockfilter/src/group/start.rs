@@ -152,21 +152,7 @@ pub fn recover(
     marker: PathBuf,
     now: u64,
 ) -> Result<Parts, StartError> {
-    let mut volume_disks = Vec::new();
-    for (disk, file) in config.disks.iter().zip(&disks) {
-        let error = |source| StartError::File { path: disk.path.clone(), source };
-        let found = file.len().map_err(error)?;
-        if found != disk.size_bytes {
-            let (path, expected) = (disk.path.clone(), disk.size_bytes);
-            return Err(StartError::Size { path, found, expected });
-        }
-        volume_disks.push(VolumeDisk {
-            name: disk.disk.clone(),
-            size: disk.size_bytes,
-            path: disk.path.clone(),
-            sparse: file.is_sparse().unwrap_or(true),
-        });
-    }
+    let volume_disks = check_disks(config, &disks)?;
     let dead = files.exists(&marker);
     let journal: Arc<dyn File> = Arc::new(Latched::new(journal));
     let in_journal = |source| StartError::Journal { path: config.journal.clone(), source };
@@ -214,8 +200,40 @@ pub fn recover(
             ColdError::Start(e) => e,
         })?
     };
+    let arena = Arc::new(new_arena(config, &start)?);
+    let overlays = overlays_of(&start, config.disks.len());
+    let filter = Filter::new(filter_config, start, now);
+    Ok(Parts { target: make(arena), filter, overlays, disks: volume_disks })
+}
+
+/// The disks must be as long as they were when they were protected.
+fn check_disks(
+    config: &GroupConfig,
+    disks: &[Arc<dyn File>],
+) -> Result<Vec<VolumeDisk>, StartError> {
+    let mut found_disks = Vec::new();
+    for (disk, file) in config.disks.iter().zip(disks) {
+        let error = |source| StartError::File { path: disk.path.clone(), source };
+        let found = file.len().map_err(error)?;
+        if found != disk.size_bytes {
+            let (path, expected) = (disk.path.clone(), disk.size_bytes);
+            return Err(StartError::Size { path, found, expected });
+        }
+        found_disks.push(VolumeDisk {
+            name: disk.disk.clone(),
+            size: disk.size_bytes,
+            path: disk.path.clone(),
+            sparse: file.is_sparse().unwrap_or(true),
+        });
+    }
+    Ok(found_disks)
+}
+
+/// An empty arena at the start's position; `Published`, set last, makes it valid.
+fn new_arena(config: &GroupConfig, start: &Start) -> Result<Arena, StartError> {
+    let geometry = geometry_of(&start.sup);
     let hdr = arena_hdr(&start.sup, config.arena_bytes)?;
-    let arena = Arc::new(Arena::create(&path, &hdr).map_err(arena_error)?);
+    let arena = Arena::create(&config.arena_path(), &hdr).map_err(arena_error)?;
     let open = geometry.normal(start.applied);
     let head = if open % geometry.chunk == PAGE { open - PAGE } else { open };
     arena.set_bounds(head, head);
@@ -224,9 +242,7 @@ pub fn recover(
     let tag = (start.applied >> 12) << 32;
     arena.set_word(Word::AppliedCrc, tag | u64::from(start.applied_crc));
     arena.set_word(Word::Published, open);
-    let overlays = overlays_of(&start, config.disks.len());
-    let filter = Filter::new(filter_config, start, now);
-    Ok(Parts { target: make(arena), filter, overlays, disks: volume_disks })
+    Ok(arena)
 }
 
 fn arena_error(error: io::Error) -> StartError {
