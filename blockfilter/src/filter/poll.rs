@@ -1,0 +1,235 @@
+//! What is due: commit, apply, checkpoint, super block, freeze. (pure)
+
+use super::{
+    APPLY_AFTER, Action, CHECKPOINT_AFTER, CHECKPOINT_BYTES, COMMIT_AFTER, COMMIT_BYTES,
+    Commit, Filter, Marker, Memory, Segment, Stall, Step, WINDOW_MAX,
+};
+use crate::control::Mode;
+use crate::journal::batch::finish_super;
+use crate::journal::format::*;
+
+impl Filter {
+    /// What to do now, if anything. Call until None after every event.
+    pub fn poll_action(&mut self, mem: &mut impl Memory, now: u64) -> Option<Action> {
+        if self.mode == Mode::Unjournaled {
+            return self.poll_unjournaled(mem, now);
+        }
+        self.maybe_freeze();
+        self.poll_commit(mem, now)
+            .or_else(|| self.poll_apply(now))
+            .or_else(|| self.poll_checkpoint(now))
+            .or_else(|| self.poll_super())
+    }
+
+    /// When to call [`Filter::poll_action`] again if nothing happens; monotonic microseconds.
+    pub fn poll_timeout(&self) -> Option<u64> {
+        let mut due: Option<u64> = None;
+        let mut at = |t: u64| due = Some(due.map_or(t, |d| d.min(t)));
+        let unsealed = !self.open.descs.is_empty() || !self.segments.is_empty();
+        if unsealed && self.commit.is_none() {
+            at(self.open.since + COMMIT_AFTER);
+        }
+        if self.failed.contains(&true) {
+            return due;
+        }
+        if self.apply_limit() > self.applied && self.apply.is_none() {
+            at((self.applied_at + APPLY_AFTER).max(self.retry_apply_at));
+        }
+        if self.applied > self.sync_reached() && self.syncing.is_none() {
+            at(self.checkpoint_at + CHECKPOINT_AFTER);
+        }
+        due
+    }
+
+    /// What may be applied now ends here (I3).
+    pub(super) fn apply_limit(&self) -> u64 {
+        match self.marker {
+            Marker::Done => self.open.lsn,
+            _ => self.durable,
+        }
+    }
+
+    /// The disks are synced up to here.
+    pub(super) fn sync_reached(&self) -> u64 {
+        match self.mode {
+            Mode::Unjournaled => self.durable,
+            _ => self.synced.map_or(self.sup.checkpoint.get(), |s| s.0),
+        }
+    }
+
+    pub(super) fn poll_commit(&mut self, mem: &mut impl Memory, now: u64) -> Option<Action> {
+        if self.commit.is_none() {
+            if !self.commit_due(now) {
+                return None;
+            }
+            let flags = if self.waiters.is_empty() { 0 } else { BATCH_FLUSH };
+            self.seal(flags, mem, now);
+            self.force_commit = false;
+            let writes: Vec<Segment> = self.segments.drain(..).rev().collect();
+            if writes.is_empty() {
+                return None;
+            }
+            let end = self.open.lsn;
+            self.commit = Some(Commit { end, writes, in_flight: 0, sync: Step::Due });
+        }
+        let commit = self.commit.as_mut()?;
+        if let Some(segment) = commit.writes.pop() {
+            commit.in_flight += 1;
+            let at = self.slots.file_offset(segment.pos).expect("I5: its chunk has a slot");
+            return Some(Action::JournalWrite { at, pos: segment.pos, len: segment.len });
+        }
+        if commit.in_flight == 0 && commit.sync == Step::Due {
+            commit.sync = Step::Running;
+            return Some(Action::JournalSync);
+        }
+        None
+    }
+
+    pub(super) fn commit_due(&self, now: u64) -> bool {
+        if self.open.descs.is_empty() && self.segments.is_empty() {
+            return false;
+        }
+        let bytes = self.open.fill.saturating_sub(self.durable);
+        !self.waiters.is_empty()
+            || self.force_commit
+            || self.drain
+            || self.pressed.is_some()
+            || bytes >= COMMIT_BYTES
+            || now >= self.open.since + COMMIT_AFTER
+    }
+
+    pub(super) fn poll_apply(&mut self, now: u64) -> Option<Action> {
+        let limit = self.apply_limit();
+        if self.apply.is_some() || limit <= self.applied || now < self.retry_apply_at {
+            return None;
+        }
+        if self.failed.contains(&true) {
+            return None;
+        }
+        let behind = limit - self.applied;
+        let due = self.drain
+            || self.pressed.is_some()
+            || behind >= self.config.arena / 8
+            || now >= self.applied_at + APPLY_AFTER;
+        if !due {
+            return None;
+        }
+        let mut to = self.applied;
+        for batch in &self.sealed {
+            let end = self.config.geometry.normal(batch.end);
+            if end > limit || (end - self.applied > WINDOW_MAX && to > self.applied) {
+                break;
+            }
+            to = end;
+        }
+        if to == self.applied {
+            return None;
+        }
+        assert!(to <= limit, "I3: only durable records are applied");
+        self.apply = Some(to);
+        Some(Action::Apply { to })
+    }
+
+    pub(super) fn poll_checkpoint(&mut self, now: u64) -> Option<Action> {
+        let reached = self.sync_reached();
+        if self.syncing.is_some() || self.applied <= reached || self.failed.contains(&true) {
+            return None;
+        }
+        let due = self.pressed == Some(Stall::Journal)
+            || self.applied - reached >= CHECKPOINT_BYTES
+            || now >= self.checkpoint_at + CHECKPOINT_AFTER
+            || (self.drain && self.applied == self.open.lsn);
+        if !due {
+            return None;
+        }
+        self.checkpoint_at = now;
+        self.syncing = Some((self.applied, self.applied_crc));
+        Some(Action::SyncDisks)
+    }
+
+    pub(super) fn poll_super(&mut self) -> Option<Action> {
+        if self.writing_sup.is_some() {
+            return None;
+        }
+        let finished = self.open.descs.is_empty() && self.sync_reached() == self.open.lsn;
+        let clean = self.drain && finished && self.commit.is_none() && self.apply.is_none();
+        if !self.want_sup && self.synced.is_none() && !(clean && self.sup.clean == 0) {
+            return None;
+        }
+        let mut next = self.sup;
+        next.seq = (self.sup.seq.get() + 1).into();
+        next.mode = match self.mode {
+            Mode::Shipping => MODE_SHIPPING,
+            Mode::Frozen => MODE_FROZEN,
+            Mode::BackingFailed => self.sup.mode,
+            Mode::New | Mode::Unjournaled => MODE_NEW,
+        };
+        if next.mode == MODE_FROZEN && self.sup.mode != MODE_FROZEN {
+            next.frozen_at = self.durable.into();
+        }
+        next.clean = u8::from(clean);
+        next.ship_floor = self.ship_floor.into();
+        if let Some((pos, crc)) = self.synced {
+            assert!(pos <= self.durable && pos >= self.sup.checkpoint.get(), "I6");
+            next.checkpoint = pos.into();
+            next.checkpoint_prev_crc = crc.into();
+        }
+        finish_super(&mut next);
+        self.want_sup = false;
+        self.writing_sup = Some(Box::new(next));
+        Some(Action::WriteSuper(Box::new(next)))
+    }
+
+    /// Without a journal, durable means on the disks and synced.
+    pub(super) fn poll_unjournaled(&mut self, mem: &mut impl Memory, now: u64) -> Option<Action> {
+        match self.marker {
+            Marker::Applying if self.apply.is_some() || self.syncing.is_some() => return None,
+            Marker::Applying if self.applied < self.durable => {
+                self.pressed.get_or_insert(Stall::Arena);
+                return self.poll_apply(now);
+            }
+            Marker::Applying => {
+                self.marker = Marker::Syncing;
+                self.syncing = Some((self.applied, self.applied_crc));
+                return Some(Action::SyncDisks);
+            }
+            Marker::Due => {
+                self.marker = Marker::Running;
+                return Some(Action::MarkUnjournaled);
+            }
+            Marker::Syncing | Marker::Running => return None,
+            Marker::NotNeeded | Marker::Done => {}
+        }
+        if self.commit_due(now) || self.drain {
+            self.seal(0, mem, now);
+            self.segments.clear();
+            self.force_commit = false;
+        }
+        if !self.waiters.is_empty() && self.pressed.is_none() {
+            self.pressed = Some(Stall::Arena);
+        }
+        if let Some(action) = self.poll_apply(now) {
+            return Some(action);
+        }
+        let due =
+            !self.waiters.is_empty() || self.drain || now >= self.checkpoint_at + CHECKPOINT_AFTER;
+        if self.syncing.is_none() && self.apply.is_none() && self.applied > self.durable && due {
+            self.checkpoint_at = now;
+            self.syncing = Some((self.applied, self.applied_crc));
+            return Some(Action::SyncDisks);
+        }
+        None
+    }
+
+    pub(super) fn maybe_freeze(&mut self) {
+        if self.mode != Mode::Shipping || self.slots.free() > self.slots.reserve() {
+            return;
+        }
+        let checkpoint = self.sup.checkpoint.get();
+        let kept = self.slots.kept_for_shipping(checkpoint);
+        if kept + self.slots.reserve() >= self.config.geometry.slots {
+            self.mode = Mode::Frozen;
+            self.want_sup = true;
+        }
+    }
+}
