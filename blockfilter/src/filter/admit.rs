@@ -212,3 +212,4 @@ impl Filter {
 
 fn payload_start(fill: u64, len: u64) -> u64 {
     if len >= PAGE { fill.next_multiple_of(PAGE) } else { fill.next_multiple_of(512) }
+}

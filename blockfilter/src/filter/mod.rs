@@ -572,8 +572,6 @@ impl Filter {
     }
 }
 
-}
-
 /// Longest time between an admission and its commit, microseconds.
 pub const COMMIT_AFTER: u64 = 20_000;
 /// Bytes that make a commit due.

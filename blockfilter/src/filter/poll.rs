@@ -1,8 +1,8 @@
 //! What is due: commit, apply, checkpoint, super block, freeze. (pure)
 
 use super::{
-    APPLY_AFTER, Action, CHECKPOINT_AFTER, CHECKPOINT_BYTES, COMMIT_AFTER, COMMIT_BYTES,
-    Commit, Filter, Marker, Memory, Segment, Stall, Step, WINDOW_MAX,
+    APPLY_AFTER, Action, CHECKPOINT_AFTER, CHECKPOINT_BYTES, COMMIT_AFTER, COMMIT_BYTES, Commit,
+    Filter, Marker, Memory, Segment, Stall, Step, WINDOW_MAX,
 };
 use crate::control::Mode;
 use crate::journal::batch::finish_super;
