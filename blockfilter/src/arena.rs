@@ -266,13 +266,13 @@ mod tests {
         let path = dir.path().join("a");
         let arena = Arena::create(&path, &hdr()).unwrap();
         arena.set_bounds(4096, 4096);
-        arena.fill(70_000, b"hello");
-        arena.set_word(Word::Published, 73_728);
+        arena.fill(69_000, b"hello");
+        arena.set_word(Word::Published, 69_632);
         drop(arena);
         let arena = Arena::open(&path, &hdr()).unwrap().unwrap();
-        assert_eq!(arena.word(Word::Published), 73_728);
-        arena.set_bounds(65_536, 73_728);
-        assert_eq!(arena.bytes(70_000, 5), b"hello");
+        assert_eq!(arena.word(Word::Published), 69_632);
+        arena.set_bounds(65_536, 69_632);
+        assert_eq!(arena.bytes(69_000, 5), b"hello");
         let other = ArenaHdr { incarnation: 2.into(), ..hdr() };
         assert!(Arena::open(&path, &other).unwrap().is_none());
     }
