@@ -151,6 +151,9 @@ pub struct Ack {
     pub rpo_us: Option<u64>,
     /// `mono_us` of the newest heartbeat.
     pub echo_us: Option<u64>,
+    /// The source's wall clock at `consistent`, microseconds.
+    #[serde(default)]
+    pub recoverable_us: Option<u64>,
 }
 
 /// Why a side gives up.
@@ -345,6 +348,11 @@ fn agree(source: &Positions, incarnation: u64, last: Lsn) -> Result<(), String> 
         )),
         None => Err(format!("the source never had incarnation {incarnation} of the target")),
     }
+}
+
+/// A group's short id in frames: the first 8 bytes of its id, little endian.
+pub fn group_id(uuid: &Uuid) -> u64 {
+    uuid.as_u64_pair().0.swap_bytes()
 }
 
 /// Longest time between two heartbeats, microseconds.

@@ -70,10 +70,31 @@ impl Waker {
         let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
     }
 
+    /// Waits until it is woken, at most `timeout`.
+    pub fn wait(&self, timeout: Duration) {
+        self.wait_fds(&mut [PollFd::new(&self.fd, PollFlags::IN)], timeout);
+    }
+
+    /// Waits until `other` is readable or it is woken, at most `timeout`.
+    pub fn wait_readable(&self, other: impl AsFd, timeout: Duration) {
+        let fds = &mut [PollFd::new(&self.fd, PollFlags::IN), PollFd::new(&other, PollFlags::IN)];
+        self.wait_fds(fds, timeout);
+    }
+
+    fn wait_fds(&self, fds: &mut [PollFd<'_>], timeout: Duration) {
+        // An interrupted or failed wait only ends early.
+        let _ = poll(fds, Some(&timespec(timeout)));
+        self.drain();
+    }
+
     fn drain(&self) {
         let mut count = [0; 8];
         let _ = rustix::io::read(&self.fd, &mut count);
     }
+}
+
+fn timespec(timeout: Duration) -> Timespec {
+    Timespec { tv_sec: timeout.as_secs().min(3600) as i64, tv_nsec: timeout.subsec_nanos().into() }
 }
 
 /// A connection that carries frames.
@@ -311,11 +332,7 @@ impl Channel {
             PollFd::from_borrowed_fd(woken, PollFlags::IN),
         ];
         let count = 1 + usize::from(wake.is_some());
-        let limit = Timespec {
-            tv_sec: timeout.as_secs().min(3600) as i64,
-            tv_nsec: timeout.subsec_nanos().into(),
-        };
-        match poll(&mut fds[..count], Some(&limit)) {
+        match poll(&mut fds[..count], Some(&timespec(timeout))) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(io::Error::from(error).into()),
         }

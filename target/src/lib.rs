@@ -3,6 +3,7 @@
 //!
 //! | step | module | what it does |
 //! |---|---|---|
+//! | 9 | [`server`], [`receiver`] | connections; what may be appended; RPO |
 //! | 10 | [`store`] | segments, index runs, manifest, base image |
 //! | 11 | [`points`] | recovery points: names, times, tags |
 //! | 12 | [`view`], [`branch`] | the disks at a point; writes on top of it |
@@ -11,5 +12,7 @@
 pub mod branch;
 pub mod export;
 pub mod points;
+pub mod receiver;
+pub mod server;
 pub mod store;
 pub mod view;

@@ -1,0 +1,336 @@
+//! One replication session at the target: frames to the store, acknowledgements back.
+//!
+//! Holds: every change of the store happens under the group's lock by the session
+//! that holds the group; an Ack says only what is durable; copies are made
+//! durable at least every 64 MiB or second.
+
+use std::sync::{Arc, MutexGuard};
+use std::time::Duration;
+
+use replicator::frame::{FrameBuf, FrameError};
+use replicator::session::{
+    Ack, ErrorCode, ErrorMessage, Heartbeat, Hello, HelloAck, SeedBegin, SeedEnd, Want, group_id,
+};
+use replicator::transport::{Channel, ChannelError, Waker};
+use replicator::wire::Kind;
+use std::sync::atomic::Ordering;
+
+use super::requests::{error, refuse};
+use super::{GroupLink, Shared, Writer, lock, seed_at};
+use crate::receiver::{Begin, ReceiveError, Receiver};
+use crate::store::{AppendError, GroupState, GroupStore};
+
+/// Why a session ends.
+#[derive(Debug, thiserror::Error)]
+enum StreamError {
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error(transparent)]
+    Receive(#[from] ReceiveError),
+    #[error(transparent)]
+    Append(#[from] AppendError),
+    #[error("a newer session took over")]
+    Replaced,
+    #[error("the peer said goodbye")]
+    Bye,
+}
+
+struct Session<'a> {
+    shared: &'a Shared,
+    store: &'a GroupStore,
+    link: Arc<GroupLink>,
+    id: u64,
+    receiver: Receiver,
+    echo_us: Option<u64>,
+    ack_due: bool,
+    unsynced: u64,
+    synced_us: u64,
+}
+
+/// Runs a session from HELLO to its end.
+pub(super) fn run(
+    shared: &Arc<Shared>,
+    channel: &mut Channel,
+    store: &Arc<GroupStore>,
+    hello: &Hello,
+    from: &str,
+) -> Result<(), ChannelError> {
+    let link = shared.link(&hello.group);
+    let id = shared.next_session.fetch_add(1, Ordering::SeqCst);
+    let wake = Arc::new(Waker::new()?);
+    let state = match take_over(&link, store, hello, id, &wake) {
+        Ok(state) => state,
+        Err(why) => return refuse(channel, why),
+    };
+    if hello.generation >= state.generation {
+        let mut watch = lock(&link.watch);
+        watch.session = id;
+        watch.peer = Some(from.to_owned());
+        watch.diverged = None;
+        if watch.incarnation != hello.incarnation {
+            watch.incarnation = hello.incarnation;
+            watch.rpo.source_restarted();
+        }
+    }
+    let result = session(shared, channel, store, &link, hello, &state, id, &wake);
+    let mut watch = lock(&link.watch);
+    if watch.session == id {
+        watch.session = 0;
+        watch.peer = None;
+    }
+    drop(watch);
+    tracing::info!(group = %hello.group, from, "session ended");
+    result
+}
+
+/// Makes this the group's session: the older one can append nothing more when
+/// the state is read (ruling 13).
+fn take_over(
+    link: &GroupLink,
+    store: &GroupStore,
+    hello: &Hello,
+    id: u64,
+    wake: &Arc<Waker>,
+) -> Result<GroupState, ErrorMessage> {
+    let mut writer = lock(&link.writer);
+    let state = store.state();
+    if let Some(why) = &state.failed {
+        let hint = "look at the target's disk, then restart the target";
+        return Err(error(
+            ErrorCode::Storage,
+            format!("the group's store failed: {why}"),
+            Some(hint),
+        ));
+    }
+    if hello.generation < state.generation {
+        // Answered with HelloAck; the older session of the right generation stays.
+        return Ok(state);
+    }
+    writer.session = id;
+    if let Some(older) = writer.wake.replace(wake.clone()) {
+        older.wake();
+    }
+    if hello.generation > state.generation && state.seed.is_none() && state.last.0 > 0 {
+        store.raise_generation(hello.generation).map_err(|e| {
+            error(ErrorCode::Storage, format!("the generation could not be stored: {e}"), None)
+        })?;
+        return Ok(store.state());
+    }
+    Ok(state)
+}
+
+#[expect(clippy::too_many_arguments, reason = "called once; they are the session's parts")]
+fn session(
+    shared: &Shared,
+    channel: &mut Channel,
+    store: &GroupStore,
+    link: &Arc<GroupLink>,
+    hello: &Hello,
+    state: &GroupState,
+    id: u64,
+    wake: &Waker,
+) -> Result<(), ChannelError> {
+    let ack = hello_ack(state, hello);
+    channel.send(&FrameBuf::message(Kind::HelloAck, &ack)?)?;
+    if ack.want == Want::Fenced {
+        return channel.flush(Duration::from_secs(1));
+    }
+    let receiver = Receiver::new(Begin {
+        group_id: group_id(&hello.group_uuid),
+        generation: hello.generation,
+        incarnation: state.incarnation,
+        last: state.last,
+        disks: state.meta.disks.iter().map(|d| d.size_bytes).collect(),
+        seed: state.seed.map(|s| s.s),
+    });
+    let mut session = Session {
+        shared,
+        store,
+        link: link.clone(),
+        id,
+        receiver,
+        echo_us: None,
+        ack_due: true,
+        unsynced: 0,
+        synced_us: shared.clock.mono_us(),
+    };
+    let ended = session.run(channel, wake);
+    session.leave();
+    match ended {
+        Err(StreamError::Channel(error)) => Err(error),
+        Err(StreamError::Bye) | Ok(()) => Ok(()),
+        Err(why) => refuse(channel, told(&why)),
+    }
+}
+
+fn hello_ack(state: &GroupState, hello: &Hello) -> HelloAck {
+    let seed = seed_at(state);
+    let want = match (&seed, state.last_consistent) {
+        _ if hello.generation < state.generation => Want::Fenced,
+        (Some(seed), _) if !seed.ended => Want::ResumeSeed,
+        (None, None) => Want::Seed,
+        _ => Want::Stream,
+    };
+    HelloAck {
+        want,
+        generation: state.generation,
+        incarnation: state.incarnation,
+        last: state.last,
+        consistent: state.last_consistent,
+        seed,
+    }
+}
+
+/// What the source is told about an end.
+fn told(why: &StreamError) -> ErrorMessage {
+    let (code, hint) = match why {
+        StreamError::Replaced => (ErrorCode::Busy, Some("another session of this group runs")),
+        StreamError::Append(AppendError::Generation { .. }) => (ErrorCode::Fenced, None),
+        StreamError::Append(AppendError::Full) => {
+            (ErrorCode::Storage, Some("make space at the target; the source goes on by itself"))
+        }
+        StreamError::Append(AppendError::Failed(_)) => {
+            (ErrorCode::Storage, Some("look at the target's disk, then restart the target"))
+        }
+        _ => (ErrorCode::Protocol, None),
+    };
+    error(code, why.to_string(), hint)
+}
+
+impl Session<'_> {
+    fn run(&mut self, channel: &mut Channel, wake: &Waker) -> Result<(), StreamError> {
+        loop {
+            if self.shared.stop.load(Ordering::SeqCst) {
+                self.sync_copies()?;
+                return Ok(());
+            }
+            while let Some(frame) = channel.take() {
+                self.take(frame)?;
+            }
+            self.sync_copies_if_due()?;
+            if self.ack_due && !channel.output_pending() {
+                channel.send(&self.ack()?)?;
+                self.ack_due = false;
+            }
+            channel.pump(PUMP, Some(wake))?;
+            drop(self.writer()?);
+        }
+    }
+
+    /// The right to change the store, while this is the group's session.
+    fn writer(&self) -> Result<MutexGuard<'_, Writer>, StreamError> {
+        let writer = lock(&self.link.writer);
+        if writer.session == self.id { Ok(writer) } else { Err(StreamError::Replaced) }
+    }
+
+    fn take(&mut self, frame: FrameBuf) -> Result<(), StreamError> {
+        match frame.kind() {
+            Kind::Epoch => {
+                if let Some(epoch) = self.receiver.epoch_frame(frame)? {
+                    let writer = self.writer()?;
+                    self.store.append_epoch(&epoch)?;
+                    drop(writer);
+                    self.ack_due = true;
+                }
+            }
+            Kind::Copy => {
+                self.receiver.copy_frame(&frame)?;
+                let writer = self.writer()?;
+                self.store.append_copy(&frame)?;
+                drop(writer);
+                self.unsynced += frame.bytes.len() as u64;
+                if self.unsynced >= COPY_SYNC_BYTES {
+                    self.sync_copies()?;
+                }
+            }
+            Kind::Heartbeat => self.heartbeat(&frame.parse()?),
+            Kind::SeedBegin => self.seed_begin(&frame.parse()?)?,
+            Kind::SeedEnd => {
+                let end: SeedEnd = frame.parse()?;
+                let writer = self.writer()?;
+                self.store.end_seed(end.e)?;
+                drop(writer);
+                self.unsynced = 0;
+                self.ack_due = true;
+            }
+            Kind::Error => {
+                let message: ErrorMessage = frame.parse()?;
+                tracing::warn!(code = ?message.code, message = %message.message, "the source gave up");
+                if message.code == ErrorCode::Diverged {
+                    lock(&self.link.watch).diverged = Some(message.message);
+                }
+                return Err(StreamError::Bye);
+            }
+            Kind::Bye => return Err(StreamError::Bye),
+            _ => return Err(ReceiveError::Bad("kind of message").into()),
+        }
+        Ok(())
+    }
+
+    fn seed_begin(&mut self, begin: &SeedBegin) -> Result<(), StreamError> {
+        let writer = self.writer()?;
+        self.store.begin_seed(begin.s, begin.incarnation, begin.generation)?;
+        drop(writer);
+        self.receiver.seed_begun(begin.s, begin.incarnation);
+        self.unsynced = 0;
+        self.ack_due = true;
+        Ok(())
+    }
+
+    fn heartbeat(&mut self, beat: &Heartbeat) {
+        let mut watch = lock(&self.link.watch);
+        watch.rpo.beat(beat, self.shared.clock.mono_us());
+        watch.admitted = Some(beat.admitted);
+        self.echo_us = Some(beat.mono_us);
+        self.ack_due = true;
+    }
+
+    fn sync_copies_if_due(&mut self) -> Result<(), StreamError> {
+        let now = self.shared.clock.mono_us();
+        if self.unsynced > 0 && now.saturating_sub(self.synced_us) >= COPY_SYNC_US {
+            self.sync_copies()?;
+        }
+        Ok(())
+    }
+
+    fn sync_copies(&mut self) -> Result<(), StreamError> {
+        if self.unsynced > 0 {
+            let writer = self.writer()?;
+            self.store.sync_copy()?;
+            drop(writer);
+            self.unsynced = 0;
+            self.ack_due = true;
+        }
+        self.synced_us = self.shared.clock.mono_us();
+        Ok(())
+    }
+
+    fn ack(&self) -> Result<FrameBuf, StreamError> {
+        let state = self.store.state();
+        let now = self.shared.clock.mono_us();
+        let rpo_us = lock(&self.link.watch).rpo.rpo_us(state.last_consistent, now);
+        let ack = Ack {
+            durable: state.last,
+            incarnation: state.incarnation,
+            seed: seed_at(&state),
+            consistent: state.last_consistent,
+            rpo_us,
+            echo_us: self.echo_us,
+            recoverable_us: self.store.newest().map(|p| p.time_us),
+        };
+        Ok(FrameBuf::message(Kind::Ack, &ack)?)
+    }
+
+    fn leave(&self) {
+        let mut writer = lock(&self.link.writer);
+        if writer.session == self.id {
+            *writer = Writer::default();
+        }
+    }
+}
+
+const PUMP: Duration = Duration::from_millis(200);
+const COPY_SYNC_BYTES: u64 = 64 << 20;
+const COPY_SYNC_US: u64 = 1_000_000;
