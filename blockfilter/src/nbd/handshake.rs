@@ -267,7 +267,9 @@ impl Handshake {
                     OpenError::Denied(_) | OpenError::Unavailable(_) => rep::ERR_POLICY,
                     OpenError::Shutdown => rep::ERR_SHUTDOWN,
                 };
-                self.reply(option, code, error.to_string().as_bytes());
+                // A client may take a text beyond the protocol's limit for an attack.
+                let text: String = error.to_string().chars().take(ERROR_CHARS_MAX).collect();
+                self.reply(option, code, text.as_bytes());
             }
         }
     }
@@ -467,7 +469,8 @@ impl Handshake {
     fn reply_text(&mut self, option: u32, kind: u16, text: &str) {
         let mut data = Vec::with_capacity(2 + text.len());
         data.put16(kind);
-        let end = text.floor_char_boundary(STRING_MAX);
+        let fits = text.char_indices().map(|(at, c)| at + c.len_utf8());
+        let end = fits.take_while(|end| *end <= STRING_MAX).last().unwrap_or(0);
         data.extend_from_slice(&text.as_bytes()[..end]);
         self.reply(option, rep::INFO, &data);
     }
@@ -559,11 +562,14 @@ fn parse_queries(data: &[u8], list: bool) -> Option<(&str, bool)> {
 const OPTION_LEN: usize = 16;
 /// Largest payload of an option that is looked at, in bytes.
 const OPTION_DATA_MAX: usize = 64 << 10;
+/// Longest error text, in characters.
+const ERROR_CHARS_MAX: usize = 512;
 /// Most bytes a client may send before transmission.
 const BYTES_MAX: usize = 1 << 20;
 /// Most options in one handshake.
 const OPTIONS_MAX: usize = 256;
 
+const _: () = assert!(4 * ERROR_CHARS_MAX < STRING_MAX);
 const _: () = assert!(OPTION_DATA_MAX > 2 * STRING_MAX && BYTES_MAX > OPTION_DATA_MAX);
 
 #[cfg(test)]

@@ -2,10 +2,13 @@
 //!
 //! [`proto`] numbers · [`handshake`] what is agreed on · [`transmission`] what
 //! a valid request is, how answers look (these three are pure; the group's
-//! io_uring engine uses them as the blocking server does) · [`server`] a
-//! blocking server over [`crate::block::Export`] · [`file`] a plain file as an
-//! export · [`client`] a client that reconnects.
+//! io_uring engine uses them as the blocking server does) · [`listen`] sockets ·
+//! [`server`] a blocking server over [`crate::block::Export`] · [`file`] a
+//! plain file as an export.
 
+pub mod file;
 pub mod handshake;
+pub mod listen;
 pub mod proto;
+pub mod server;
 pub mod transmission;
