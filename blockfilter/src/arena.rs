@@ -76,6 +76,8 @@ pub enum Word {
     Applied = 88,
     /// `hdr_crc` of the last batch below Applied.
     AppliedCrc = 96,
+    /// The target holds everything below, as last told: decides which slots are free.
+    ShipFloor = 104,
 }
 
 /// A mapped arena.

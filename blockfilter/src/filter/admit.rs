@@ -22,13 +22,13 @@ impl Filter {
             .collect();
         for (lsn, end, pad) in batches {
             if lsn % chunk == PAGE {
-                self.slots.assign(lsn);
+                assert!(self.slots.assign(lsn), "I5: it had a slot before the restart");
                 self.push_segment(lsn - PAGE, PAGE);
             }
             self.push_segment(lsn, if pad { PAGE } else { end - lsn });
         }
         if !self.open.descs.is_empty() && self.open.lsn % chunk == PAGE {
-            self.slots.assign(self.open.lsn);
+            assert!(self.slots.assign(self.open.lsn), "I5: it had a slot before the restart");
             self.push_segment(self.open.lsn - PAGE, PAGE);
         }
     }

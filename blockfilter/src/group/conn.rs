@@ -88,8 +88,10 @@ pub struct Shared {
 pub enum Progress {
     /// It needs bytes from the client.
     Input,
-    /// It waits for room in the arena, the journal or the payload budget.
+    /// It waits for room in the arena or the journal.
     Room,
+    /// It waits for its share of the payload budget.
+    Budget,
     /// Its answers must leave first, or its reads finish.
     Output,
     /// It is over.
@@ -307,6 +309,7 @@ impl Conn {
             let Some((header, decision)) = parse(window, &limits).map_err(bad)? else {
                 return Ok(Progress::Input);
             };
+            self.moved_at = now;
             let payload = payload_len(&header) as usize;
             let in_window = window.len() - REQUEST_LEN >= payload;
             if let Decision::Run(Request::Write { offset, fua, .. }) = decision {
@@ -326,7 +329,7 @@ impl Conn {
                     return Ok(Progress::Input);
                 }
                 if shared.staged > 0 && shared.staged + payload as u64 > shared.staged_max {
-                    return Ok(Progress::Room);
+                    return Ok(Progress::Budget);
                 }
                 shared.staged += payload as u64;
                 self.start += REQUEST_LEN;

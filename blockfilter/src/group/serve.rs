@@ -45,6 +45,9 @@ pub struct Server {
     ctls: HashMap<u64, Ctl>,
     /// Connections that wait for room, first come first served.
     waiting: VecDeque<u64>,
+    /// Those that wait for the payload budget, and its use when they were last tried.
+    budget: VecDeque<u64>,
+    staged_seen: u64,
     next_id: u64,
     swept_at: u64,
     stopping: Option<(u64, bool)>,
@@ -99,6 +102,8 @@ impl Server {
             conns: HashMap::new(),
             ctls: HashMap::new(),
             waiting: VecDeque::new(),
+            budget: VecDeque::new(),
+            staged_seen: 0,
             next_id: FIRST_ID,
             swept_at: 0,
             stopping: None,
@@ -174,16 +179,20 @@ impl Server {
                     }
                 }
             }
-            let mut retried = false;
-            if room || (self.shared.staged == 0 && !self.waiting.is_empty()) {
-                for id in std::mem::take(&mut self.waiting) {
-                    touched.push(id);
-                    self.progress(id, now);
-                    retried = true;
-                }
+            let mut again = VecDeque::new();
+            if room {
+                again.append(&mut self.waiting);
             }
-            if !any && !retried {
+            if self.shared.staged < self.staged_seen {
+                again.append(&mut self.budget);
+            }
+            self.staged_seen = self.shared.staged;
+            if !any && again.is_empty() {
                 break;
+            }
+            for id in again {
+                touched.push(id);
+                self.progress(id, now);
             }
         }
         for (id, ctl) in &mut self.ctls {
@@ -216,9 +225,12 @@ impl Server {
         match conn.progress(&mut self.volume, &mut self.shared, now) {
             Progress::Closed => self.close(id),
             Progress::Room => {
-                if !self.waiting.contains(&id) {
-                    self.waiting.push_back(id);
-                }
+                queue_once(&mut self.waiting, id);
+                self.interest(id, false);
+            }
+            Progress::Budget => {
+                queue_once(&mut self.budget, id);
+                self.staged_seen = self.staged_seen.max(self.shared.staged);
                 self.interest(id, false);
             }
             Progress::Output => self.interest(id, false),
@@ -254,7 +266,7 @@ impl Server {
             let had = conn.has_output();
             if conn.flush_output(now).is_err() {
                 self.close(*id);
-            } else if had && !conn.has_output() && !input && !self.waiting.contains(id) {
+            } else if had && !conn.has_output() && !input && !self.is_queued(*id) {
                 // Requests may have waited in the window for the answers to leave.
                 self.progress(*id, now);
                 if let Some((conn, _)) = self.conns.get_mut(id)
@@ -269,6 +281,10 @@ impl Server {
                 self.interest(*id, input);
             }
         }
+    }
+
+    fn is_queued(&self, id: u64) -> bool {
+        self.waiting.contains(&id) || self.budget.contains(&id)
     }
 
     fn accept(&mut self, from: u64, now: u64) {
@@ -337,6 +353,7 @@ impl Server {
             conn.close(&mut self.shared);
         }
         self.waiting.retain(|w| *w != id);
+        self.budget.retain(|w| *w != id);
     }
 
     /// Closes connections that keep something waiting for too long.
@@ -366,7 +383,10 @@ impl Server {
     fn finished(&mut self) -> bool {
         match self.stopping {
             None => false,
-            Some((_, true)) => self.volume.filter().drained(),
+            Some((_, true)) => {
+                let filter = self.volume.filter();
+                filter.drained() || filter.stall_is_final()
+            }
             Some((_, false)) => {
                 let positions = self.volume.positions();
                 positions.durable >= positions.admitted
@@ -376,14 +396,25 @@ impl Server {
 
     fn finish(mut self) -> io::Result<()> {
         let Some((id, drain)) = self.stopping else { return Ok(()) };
-        if drain {
+        let stuck = drain && !self.volume.filter().drained();
+        if drain && !stuck {
             self.volume.remove_arena();
         }
+        let message = "a disk failed; the journal and the arena still hold its writes";
         if let Some(ctl) = self.ctls.get_mut(&id) {
-            ctl.answer(&Reply::Stopped);
+            ctl.answer(&match stuck {
+                true => Reply::Failed { message: message.into() },
+                false => Reply::Stopped,
+            });
             let _ = ctl.send();
         }
-        Ok(())
+        if stuck { Err(io::Error::other(message)) } else { Ok(()) }
+    }
+}
+
+fn queue_once(queue: &mut VecDeque<u64>, id: u64) {
+    if !queue.contains(&id) {
+        queue.push_back(id);
     }
 }
 

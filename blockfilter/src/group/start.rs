@@ -311,9 +311,10 @@ fn warm(
     let tagged = (word >> 32 == (applied >> 12) & 0xffff_ffff).then_some(word as u32);
     let applied_crc = first_prev.or(tagged).ok_or("the checksum chain is lost")?;
     let open = open_records(arena, open_lsn, published - open_lsn)?;
+    // The dead process may have given up slots by a newer floor than the durable one.
+    let ship_floor = sup.ship_floor.get().max(arena.word(Word::ShipFloor));
     let checkpoint = sup.checkpoint.get();
-    let keep =
-        if sup.mode == MODE_SHIPPING { sup.ship_floor.get().min(checkpoint) } else { checkpoint };
+    let keep = if sup.mode == MODE_SHIPPING { ship_floor.min(checkpoint) } else { checkpoint };
     let used = match read_chunks(journal, sup, keep) {
         Ok(used) => used,
         Err(_) if dead => Default::default(),
@@ -321,7 +322,7 @@ fn warm(
     };
     Ok(Some(Start {
         slots: Slots::new(geometry, used),
-        sup: *sup,
+        sup: JournalSuper { ship_floor: ship_floor.into(), ..*sup },
         applied,
         applied_crc,
         durable: if dead { applied } else { durable },

@@ -473,6 +473,7 @@ impl Volume {
         let positions = self.filter.positions(0);
         let arena = &self.memory.0;
         arena.set_word(Word::Durable, positions.durable.0);
+        arena.set_word(Word::ShipFloor, positions.ship_floor.0);
         let tag = (positions.applied.0 >> 12) << 32;
         arena.set_word(Word::AppliedCrc, tag | u64::from(self.filter.applied_crc()));
     }
