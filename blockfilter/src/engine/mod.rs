@@ -65,6 +65,10 @@ pub trait File: Send + Sync + Debug {
     /// Next allocated range at or after `offset`: `(start, end)`, or None when
     /// only a hole is left. Valid for data that was synced first.
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>>;
+    /// A block device: it needs no space of a file system.
+    fn is_device(&self) -> bool {
+        false
+    }
     /// Whether writing may need space that is not allocated yet.
     fn is_sparse(&self) -> io::Result<bool> {
         Ok(false)
@@ -204,6 +208,9 @@ impl File for Latched {
     }
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
         self.inner.next_data(offset)
+    }
+    fn is_device(&self) -> bool {
+        self.inner.is_device()
     }
     fn is_sparse(&self) -> io::Result<bool> {
         self.inner.is_sparse()

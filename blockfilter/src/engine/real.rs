@@ -55,11 +55,6 @@ impl RealFile {
         Ok(Self { file, device, direct })
     }
 
-    /// Whether it is a block device.
-    pub fn is_device(&self) -> bool {
-        self.device
-    }
-
     fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
         const STEP: u64 = 1 << 20;
         let zeroes = vec![0; STEP.min(len) as usize];
@@ -169,6 +164,10 @@ impl File for RealFile {
         };
         let end = rustix::fs::seek(&self.file, SeekFrom::Hole(start))?;
         Ok(Some((start, end)))
+    }
+
+    fn is_device(&self) -> bool {
+        self.device
     }
 
     fn is_sparse(&self) -> io::Result<bool> {

@@ -223,7 +223,8 @@ fn check_disks(
             name: disk.disk.clone(),
             size: disk.size_bytes,
             path: disk.path.clone(),
-            sparse: file.is_sparse().unwrap_or(true),
+            sparse: !file.is_device() && file.is_sparse().unwrap_or(true),
+            device: file.is_device(),
         });
     }
     Ok(found_disks)

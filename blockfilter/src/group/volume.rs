@@ -54,6 +54,8 @@ pub struct VolumeDisk {
     pub path: PathBuf,
     /// Not fully allocated: writes may need space.
     pub sparse: bool,
+    /// A block device.
+    pub device: bool,
 }
 
 /// Why a request was not carried out.
@@ -215,6 +217,11 @@ impl Volume {
         let op = if trim { RecOp::Trim } else { RecOp::Zero };
         let end = self.admit(op, bits, disk, offset, len, &[])?;
         self.writes += 1;
+        if bits & REC_NO_HOLE == 0 {
+            // The range will be a hole: later writes to it need space again.
+            let disk = &mut self.disks[usize::from(disk)];
+            disk.sparse = !disk.device;
+        }
         Ok((len, end))
     }
 
