@@ -20,10 +20,16 @@ use crate::output::Output;
 
 pub mod agent;
 pub mod disk;
+pub mod drill;
+pub mod inspect;
+pub mod point;
 pub mod protect;
 pub mod run;
+pub mod serve;
 pub mod status;
 pub mod sync;
+pub mod target;
+pub mod token;
 pub mod unprotect;
 /// Everything on the command line.
 #[derive(Debug, Parser)]
@@ -67,6 +73,19 @@ pub struct Global {
 /// The nouns and top-level verbs.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Export a plain file or block device over NBD, without protection.
+    Serve(serve::ServeArgs),
+    /// The target server.
+    #[command(subcommand)]
+    Target(target::TargetCommand),
+    /// Join tokens (at the target).
+    #[command(subcommand)]
+    Token(token::TokenCommand),
+    /// Certificates (at the target).
+    #[command(subcommand)]
+    Cert(token::CertCommand),
+    /// Enrol this machine at a target, with a token.
+    Join(token::JoinArgs),
     /// The source daemon.
     #[command(subcommand)]
     Agent(agent::AgentCommand),
@@ -81,6 +100,17 @@ pub enum Command {
     /// Protected disks.
     #[command(subcommand)]
     Disk(disk::DiskCommand),
+    /// Recovery points.
+    #[command(subcommand)]
+    Point(point::PointCommand),
+    /// Test failovers (at the target).
+    #[command(subcommand)]
+    Drill(drill::DrillCommand),
+    /// Delete a group's history (at the target).
+    Forget(target::ForgetArgs),
+    /// Look into files, read-only, with the production decoders.
+    #[command(subcommand)]
+    Inspect(inspect::InspectCommand),
     /// The filter process of a group.
     #[command(hide = true)]
     RunFilter(run::GroupArgs),
@@ -135,6 +165,15 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
 
 fn run(command: Command, context: &Context) -> Outcome {
     match command {
+        Command::Serve(args) => serve::run(&args, context),
+        Command::Target(command) => target::run(&command, context),
+        Command::Token(command) => token::run(&command, context),
+        Command::Cert(command) => token::issue(&command, context),
+        Command::Join(args) => token::join(&args, context),
+        Command::Point(command) => point::run(&command, context),
+        Command::Drill(command) => drill::run(&command, context),
+        Command::Forget(args) => target::forget(&args, context),
+        Command::Inspect(command) => inspect::run(&command, context),
         Command::Agent(command) => agent::run(&command, context),
         Command::Protect(args) => protect::run(&args, context),
         Command::Unprotect(args) => unprotect::run(&args, context),

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use super::{Context, usage_failure};
 use crate::daemon::control::{AgentRequest, ask_daemon};
-use crate::daemon::{self, agent, backing, enlist, source};
+use crate::daemon::{self, agent, backing, enlist, remote, source};
 use crate::errors::{Exit, Failure, Outcome};
 use crate::progress::{Progress, Step};
 use crate::units::{parse_size, plan_journal, show_bytes};
@@ -68,6 +68,7 @@ pub fn run(args: &ProtectArgs, context: &Context) -> Outcome {
         let config = plan(args, dir)?;
         let paths = GroupPaths::new(dir, &config.group);
         enlist::check_room(&config)?;
+        remote::check_group(dir, &config, context.clock.clone())?;
         make(&config, &paths, context, &stop)?;
         if let Err(failure) = start(&config, dir) {
             undo(&config, &paths, context);

@@ -154,21 +154,23 @@ pub fn check_unused(config: &GroupConfig, paths: &GroupPaths, clock: &dyn Clock)
     Ok(())
 }
 
-/// Ends the processes of a role without an agent, and waits for it.
+/// Ends the process of a role without an agent, and waits for it.
 pub fn end_role(paths: &GroupPaths, role: &str, clock: &dyn Clock) -> Outcome {
-    let lock = role_lock(paths, role);
+    end_lock(&role_lock(paths, role), role, clock)
+}
+
+/// Ends the process that holds a role's lock, if there is one, and waits for it.
+pub fn end_lock(lock: &Path, role: &str, clock: &dyn Clock) -> Outcome {
     let what = || format!("cannot end the {role}");
-    let Some(pid) = RoleLock::holder(&lock).failed(what())? else { return Ok(()) };
-    let Some(mut process) = Running::adopt(pid, &lock).failed(what())? else { return Ok(()) };
+    let Some(pid) = RoleLock::holder(lock).failed(what())? else { return Ok(()) };
+    let Some(mut process) = Running::adopt(pid, lock).failed(what())? else { return Ok(()) };
     process.signal(false);
     let started = clock.mono_us();
     while process.ended().is_none() {
         let waited = clock.mono_us() - started;
         if waited > 2 * END_US {
-            return Err(Failure::new(
-                Exit::TimedOut,
-                format!("the {role} (process {pid}) does not end"),
-            ));
+            let what = format!("the {role} (process {pid}) does not end");
+            return Err(Failure::new(Exit::TimedOut, what));
         }
         if waited > END_US {
             process.signal(true);

@@ -5,6 +5,11 @@
 //! |---|---|
 //! | the agent | [`agent`] |
 //! | what a protected group looks like from its machine | [`source`] |
+//! | what the agent asks the target | [`remote`] |
+//! | the target's view of a group | [`replica`] |
+//! | the target | [`target`] |
+//! | points and drills as files | [`mounts`] |
+//! | the application's consent | [`hooks`] |
 //! | the Status document | [`status`] |
 //! | a process that is kept running | [`worker`] |
 //! | whether a disk may be protected | [`backing`] |
@@ -27,11 +32,15 @@ pub mod agent;
 pub mod backing;
 pub mod control;
 pub mod enlist;
+pub mod hooks;
+pub mod mounts;
 pub mod process;
 pub mod remote;
+pub mod replica;
 pub mod source;
 pub mod status;
 pub mod supervise;
+pub mod target;
 pub mod worker;
 
 /// Becomes true when the process is asked to stop (SIGTERM, SIGINT, SIGHUP).
