@@ -686,11 +686,8 @@ impl Conn {
 
     /// Gives back what it reserved. What it did not finish never happens (I12).
     pub fn close(self, shared: &mut Shared) {
-        match self.job {
-            Some(Job::Fill { buf, .. } | Job::Admit { buf, staged: true, .. }) => {
-                shared.staged -= buf.len() as u64;
-            }
-            _ => {}
+        if let Some(Job::Fill { buf, .. } | Job::Admit { buf, staged: true, .. }) = self.job {
+            shared.staged -= buf.len() as u64;
         }
     }
 }

@@ -115,9 +115,9 @@ impl JournalReader {
             }
             let end = self.geometry.chunk_end(at).min(durable.0);
             let want = (end - at).min((max as u64).next_multiple_of(PAGE).max(PAGE));
-            let (batches, next) = match self.from_arena(at, want, out)? {
+            let (batches, next) = match self.read_arena(at, want, out)? {
                 Some(found) => found,
-                None => self.from_file(at, want, out)?,
+                None => self.read_file(at, want, out)?,
             };
             if !batches.is_empty() {
                 return Ok((batches, Lsn(next)));
@@ -127,7 +127,7 @@ impl JournalReader {
     }
 
     /// None: the arena has it no more, or not yet, or not intact; the file decides.
-    fn from_arena(
+    fn read_arena(
         &mut self,
         at: u64,
         want: u64,
@@ -157,7 +157,7 @@ impl JournalReader {
         }
     }
 
-    fn from_file(
+    fn read_file(
         &mut self,
         at: u64,
         want: u64,
