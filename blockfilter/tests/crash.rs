@@ -1,6 +1,8 @@
 //! The filter over simulated and real files: crashes at every point, restarts,
 //! engines, failures, all against a model that is simply the operations in order.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,6 +1,8 @@
 //! A filter process's loop with real sockets, in a thread: large payloads that stall,
 //! the control socket, a clean stop.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
