@@ -4,8 +4,9 @@
 //! a valid request is, how answers look (these three are pure; the group's
 //! io_uring engine uses them as the blocking server does) · [`listen`] sockets ·
 //! [`server`] a blocking server over [`crate::block::Export`] · [`file`] a
-//! plain file as an export.
+//! plain file as an export · [`client`] a client that reconnects.
 
+pub mod client;
 pub mod file;
 pub mod handshake;
 pub mod listen;
