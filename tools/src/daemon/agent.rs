@@ -22,6 +22,7 @@ use blockfilter::engine::real::RealFiles;
 use blockfilter::names::Name;
 
 use super::control::{self, AgentRequest, Reply};
+use super::mounts::{self, MountFile, MountSpec};
 use super::process::{LockError, RoleLock, Spawn};
 use super::source;
 use super::status::{ProcessStatus, Status};
@@ -298,19 +299,34 @@ pub fn document(
 /// The processes of a group.
 fn workers(dir: &Path, config: &GroupConfig, paths: &GroupPaths) -> Outcome<Vec<Worker>> {
     let group = config.group.to_string();
-    let mut roles = vec!["filter", "replicator"];
-    if config.fuse.is_some() {
-        roles.push("fuse");
-    }
-    let worker = |role: &'static str| {
+    let log = |role: &str| paths.dir().join(format!("{role}.log"));
+    let worker = |role: &'static str, spawn: Spawn| {
+        Worker::new(role, Some(group.clone()), role_lock(paths, role), spawn)
+    };
+    let run = |role: &'static str| {
         let mut arguments: Vec<OsString> = vec![format!("run-{role}").into(), "--dir".into()];
         arguments.push(dir.into());
         arguments.push(group.clone().into());
-        let log = paths.dir().join(format!("{role}.log"));
-        let spawn = Spawn { arguments, log };
-        Worker::new(role, Some(group.clone()), role_lock(paths, role), spawn)
+        worker(role, Spawn { arguments, log: log(role) })
     };
-    Ok(roles.into_iter().map(worker).collect())
+    let mut workers = vec![run("filter"), run("replicator")];
+    if let Some(mountpoint) = &config.fuse {
+        let file = |d: &blockfilter::config::DiskConfig| MountFile {
+            name: d.disk.to_string(),
+            socket: paths.nbd_socket(),
+            export: config.export(&d.disk),
+            read_only: false,
+        };
+        let spec = MountSpec {
+            mountpoint: mountpoint.clone(),
+            lock: role_lock(paths, "fuse"),
+            files: config.disks.iter().map(file).collect(),
+        };
+        let path = paths.dir().join("fuse.json");
+        spec.store(&path)?;
+        workers.push(worker("fuse", mounts::spawn_of(&path, log("fuse"))));
+    }
+    Ok(workers)
 }
 
 /// The lock that the process of a role of a group holds.
