@@ -12,7 +12,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
-use blockfilter::journal::format::{BATCH_FLUSH, BATCH_MARK, BatchHdr, RECS_MAX, RecDesc, RecOp};
+use blockfilter::journal::format::{
+    BATCH_FLUSH, BATCH_MARK, BatchHdr, PAGE, RECS_MAX, RecDesc, RecOp,
+};
 use blockfilter::names::Lsn;
 use zerocopy::FromBytes;
 
@@ -33,8 +35,11 @@ pub struct Batch {
 }
 
 impl Batch {
-    fn end(&self) -> u64 {
-        self.hdr.lsn.get() + u64::from(self.hdr.total_len.get())
+    /// Where the next batch can start at the earliest: behind a chunk's header
+    /// page if this one fills its chunk (as the filter counts, too).
+    fn end(&self, chunk: u64) -> u64 {
+        let end = self.hdr.lsn.get() + u64::from(self.hdr.total_len.get());
+        if end.is_multiple_of(chunk) { end + PAGE } else { end }
     }
 
     fn same_writer(&self, other: &Self) -> bool {
@@ -70,11 +75,19 @@ pub struct Limits {
     pub behind_us: u64,
     /// Most bytes of batches.
     pub bytes: usize,
+    /// The journal's chunk size in bytes.
+    pub chunk_bytes: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { min_us: 5_000, max_us: 100_000, behind_us: 1_000_000, bytes: 32 << 20 }
+        Self {
+            min_us: 5_000,
+            max_us: 100_000,
+            behind_us: 1_000_000,
+            bytes: 32 << 20,
+            chunk_bytes: 64 << 20,
+        }
     }
 }
 
@@ -128,7 +141,7 @@ impl Builder {
             if self.must_close_before(&batch) {
                 self.close(None)?;
             }
-            self.reached = batch.end();
+            self.reached = batch.end(self.limits.chunk_bytes);
             self.open_bytes += batch.bytes.len();
             self.open_since.get_or_insert(now_us);
             let mark = batch.hdr.flags & BATCH_MARK != 0;
@@ -179,7 +192,7 @@ impl Builder {
         let batches = std::mem::take(&mut self.open);
         self.open_bytes = 0;
         self.open_since = None;
-        let end = batches.last().map_or(self.closed, Batch::end);
+        let end = batches.last().map_or(self.closed, |b| b.end(self.limits.chunk_bytes));
         let to = to.unwrap_or(end);
         let epoch = Epoch::from_batches(&batches, Lsn(self.closed), Lsn(to), self.label_us)?;
         if epoch.wall_us != 0 {

@@ -3,10 +3,15 @@
 pub mod codec;
 pub mod enroll;
 pub mod epoch;
+pub mod feed;
 pub mod frame;
 pub mod identity;
 pub mod pace;
+pub mod seed;
 pub mod session;
+pub mod shipper;
+pub mod source;
+pub mod status;
 pub mod token;
 pub mod transport;
 pub mod wire;

@@ -6,6 +6,7 @@ use zerocopy::IntoBytes;
 use super::*;
 
 const SECTORS: usize = 24;
+const CHUNK: u64 = 64 << 20;
 
 #[derive(Clone, Debug)]
 enum Op {
@@ -145,7 +146,7 @@ proptest! {
             }
             now += wait;
             let batch = batch(lsn, incarnation, &ops, now);
-            lsn = batch.end() + if wait % 5 == 0 { 4096 } else { 0 };
+            lsn = batch.end(CHUNK) + if wait % 5 == 0 { 4096 } else { 0 };
             builder.push([batch.clone()], Lsn(lsn), now).unwrap();
             batches.push(batch);
             while let Some(epoch) = builder.poll(now, wait % 3 == 0).unwrap() {
@@ -179,7 +180,7 @@ proptest! {
             while let Some(batch) = next.next_if(|b| b.hdr.lsn.get() < epoch.to.0) {
                 prop_assert_eq!(batch.hdr.incarnation.get(), epoch.incarnation);
                 let mark = batch.hdr.flags & BATCH_MARK != 0;
-                prop_assert!(!mark || epoch.mark && batch.end() == epoch.to.0);
+                prop_assert!(!mark || epoch.mark && batch.end(CHUNK) == epoch.to.0);
                 apply_batch(&mut source, batch);
             }
             prop_assert!(source == target);
@@ -196,7 +197,7 @@ fn write(at: usize, len: usize, fill: u8) -> Op {
 fn one_epoch(ops: &[Op]) -> Epoch {
     let mut builder = Builder::new(Limits::default(), Lsn(0));
     let batch = batch(0, 1, ops, 0);
-    let end = Lsn(batch.end());
+    let end = Lsn(batch.end(CHUNK));
     builder.push([batch], end, 0).unwrap();
     builder.poll(1_000_000, true).unwrap().unwrap()
 }
@@ -228,7 +229,7 @@ fn zero_payloads_become_zero_records() {
 fn an_epoch_closes_by_time_only_when_caught_up_and_sooner_after_a_flush() {
     let mut builder = Builder::new(Limits::default(), Lsn(0));
     let first = batch(0, 1, &[write(0, 1, 1)], 0);
-    let next = first.end();
+    let next = first.end(CHUNK);
     builder.push([first], Lsn(next), 1000).unwrap();
     assert!(builder.poll(1_000_000, false).unwrap().is_none());
     assert!(builder.poll(100_999, true).unwrap().is_none());
@@ -243,7 +244,7 @@ fn behind_an_epoch_spans_at_most_a_second_of_the_source() {
     let mut lsn = 0;
     for step in 0..25 {
         let batch = batch(lsn, 1, &[write(0, 1, 1)], step * 100_000);
-        lsn = batch.end();
+        lsn = batch.end(CHUNK);
         builder.push([batch], Lsn(lsn), 0).unwrap();
     }
     let mut closed = 0;

@@ -45,6 +45,7 @@ struct Session<'a> {
     receiver: Receiver,
     echo_us: Option<u64>,
     ack_due: bool,
+    acked_us: u64,
     unsynced: u64,
     synced_us: u64,
 }
@@ -153,6 +154,7 @@ fn session(
         receiver,
         echo_us: None,
         ack_due: true,
+        acked_us: 0,
         unsynced: 0,
         synced_us: shared.clock.mono_us(),
     };
@@ -210,9 +212,14 @@ impl Session<'_> {
                 self.take(frame)?;
             }
             self.sync_copies_if_due()?;
-            if self.ack_due && !channel.output_pending() {
+            // Also when nothing changed: over a slow line heartbeats wait behind data,
+            // and the source must not take us for dead.
+            let now = self.shared.clock.mono_us();
+            let quiet = now.saturating_sub(self.acked_us) >= QUIET_US;
+            if (self.ack_due || quiet) && !channel.output_pending() {
                 channel.send(&self.ack()?)?;
                 self.ack_due = false;
+                self.acked_us = now;
             }
             channel.pump(PUMP, Some(wake))?;
             drop(self.writer()?);
@@ -333,4 +340,5 @@ impl Session<'_> {
 
 const PUMP: Duration = Duration::from_millis(200);
 const COPY_SYNC_BYTES: u64 = 64 << 20;
+const QUIET_US: u64 = 2_000_000;
 const COPY_SYNC_US: u64 = 1_000_000;

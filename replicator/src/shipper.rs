@@ -1,0 +1,242 @@
+//! The replicator process: connects, starts where the target is durable, ships
+//! epochs and copies, tells the filter what the target holds.
+//!
+//! Owns the tries and their back-off. Holds: only durable positions are shipped
+//! (I7); it may be killed at any moment and goes on where the target is; trouble
+//! here never blocks the filter. Before it: the journal. After it: the target.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use blockfilter::config::{GroupConfig, GroupPaths};
+use blockfilter::engine::{Clock, Files};
+use blockfilter::journal::reader::ReadError;
+use ring::rand::SecureRandom;
+
+use crate::enroll::{AgentConfig, pki_dir};
+use crate::epoch::EpochError;
+use crate::frame::FrameError;
+use crate::identity::{IdentityError, client_tls};
+use crate::pace::Backoff;
+use crate::session::{ErrorCode, ErrorMessage};
+use crate::source::{LocalSource, Source};
+use crate::status::{Shown, State, StatusSocket};
+use crate::transport::{Channel, ChannelError};
+
+mod ship;
+
+/// What a replicator needs.
+#[derive(Clone, Debug)]
+pub struct ReplicatorConfig {
+    /// The group.
+    pub group: GroupConfig,
+    /// Where its files are.
+    pub paths: GroupPaths,
+    /// The agent's state directory (`A`): certificates and target's addresses.
+    pub agent_dir: PathBuf,
+}
+
+/// Why a replicator does not run at all.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// This machine has not joined a target.
+    #[error("this machine has not joined a target")]
+    NotJoined,
+    /// Keys or certificates.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The system failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SessionError {
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error(transparent)]
+    Journal(#[from] ReadError),
+    #[error(transparent)]
+    Epoch(#[from] EpochError),
+    #[error("{0}")]
+    Filter(io::Error),
+    #[error("reading the disks: {0}")]
+    Disks(io::Error),
+    #[error("compression: {0}")]
+    Codec(io::Error),
+    #[error("{}", .0.message)]
+    Told(ErrorMessage),
+    #[error("{0}")]
+    Diverged(String),
+    #[error("generation {0} may write this group now; this source is fenced")]
+    Fenced(u64),
+    #[error("the journal overflowed; a full copy is due")]
+    Frozen,
+    #[error("the target answered out of turn")]
+    OutOfTurn,
+}
+
+/// Replicates one group until `stop`. Only one process a group.
+pub fn run(
+    config: &ReplicatorConfig,
+    files: &dyn Files,
+    clock: &Arc<dyn Clock>,
+    stop: &AtomicBool,
+) -> Result<(), RunError> {
+    let agent = AgentConfig::load(files, &config.agent_dir)?.ok_or(RunError::NotJoined)?;
+    let tls = client_tls(files, &pki_dir(&config.agent_dir))?;
+    let shown = Shown::default();
+    let _socket =
+        StatusSocket::start(&config.paths.replicator_socket(), shown.clone(), clock.clone())?;
+    let source: Arc<dyn Source> =
+        Arc::new(LocalSource::new(config.group.clone(), config.paths.clone(), clock.clone()));
+    let shipper = Shipper {
+        group: config.group.clone(),
+        targets: agent.targets,
+        tls,
+        source,
+        clock: clock.clone(),
+        shown,
+    };
+    shipper.run(stop);
+    Ok(())
+}
+
+/// Replicates one group over whatever source and addresses.
+#[derive(Debug)]
+pub struct Shipper {
+    /// The group.
+    pub group: GroupConfig,
+    /// Addresses of the target, tried in turn.
+    pub targets: Vec<String>,
+    /// Our certificate.
+    pub tls: Arc<rustls::ClientConfig>,
+    /// The filter.
+    pub source: Arc<dyn Source>,
+    /// Time.
+    pub clock: Arc<dyn Clock>,
+    /// Where status is told.
+    pub shown: Shown,
+}
+
+impl Shipper {
+    /// Session after session until `stop`.
+    pub fn run(&self, stop: &AtomicBool) {
+        let mut backoff = Backoff::default();
+        let random = ring::rand::SystemRandom::new();
+        let mut damaged = 0;
+        for turn in 0_usize.. {
+            if stop.load(Ordering::SeqCst) || self.targets.is_empty() {
+                break;
+            }
+            let target = &self.targets[turn % self.targets.len()];
+            let began = self.clock.mono_us();
+            let result = self.one_session(target, damaged >= DAMAGED_TRIES, stop);
+            let held = self.clock.mono_us().saturating_sub(began) > HELD_US;
+            let Err(error) = result else { continue };
+            damaged = match error {
+                SessionError::Journal(ReadError::Damaged(..)) => damaged + 1,
+                _ if held => 0,
+                _ => damaged,
+            };
+            if held {
+                backoff.worked();
+            }
+            let mut bytes = [0; 8];
+            // Without randomness there is only less jitter.
+            let _ = random.fill(&mut bytes);
+            let wait = match error {
+                // The next session seeds; nothing to wait for.
+                SessionError::Frozen | SessionError::Journal(ReadError::Gone(_)) if held => 0,
+                _ => backoff.failed(u64::from_le_bytes(bytes)),
+            };
+            tracing::warn!(group = %self.group.group, target, %error, wait_us = wait, "no session");
+            self.failed(&error, wait);
+            self.pause(wait, stop);
+        }
+        self.shown.update(|s| (s.state, s.connected) = (State::Stopped, false));
+    }
+
+    fn one_session(
+        &self,
+        target: &str,
+        journal_lost: bool,
+        stop: &AtomicBool,
+    ) -> Result<(), SessionError> {
+        let mut channel =
+            Channel::connect(target, self.tls.clone(), self.clock.clone(), CONNECT_MAX)?;
+        self.shown.update(|s| {
+            s.target = Some(target.to_owned());
+            s.retry_us = None;
+            s.sessions += 1;
+        });
+        let result = ship::session(self, &mut channel, journal_lost, stop);
+        if let Err(SessionError::Diverged(why)) = &result {
+            // The target's users see it too; failing to tell changes nothing.
+            let message =
+                ErrorMessage { code: ErrorCode::Diverged, message: why.clone(), hint: None };
+            if let Ok(frame) = crate::frame::FrameBuf::message(crate::wire::Kind::Error, &message) {
+                let _ = channel.send(&frame);
+            }
+        }
+        channel.close();
+        result
+    }
+
+    fn failed(&self, error: &SessionError, wait_us: u64) {
+        let state = match error {
+            SessionError::Diverged(_) => State::Diverged,
+            SessionError::Fenced(_) => State::Refused,
+            SessionError::Frozen | SessionError::Journal(ReadError::Gone(_)) => State::Frozen,
+            SessionError::Told(message) => match message.code {
+                ErrorCode::NotAuthorised | ErrorCode::NameTaken | ErrorCode::Fenced => {
+                    State::Refused
+                }
+                ErrorCode::Diverged => State::Diverged,
+                _ => State::Connecting,
+            },
+            _ => State::Connecting,
+        };
+        let hint = match error {
+            SessionError::Told(message) => message.hint.clone(),
+            SessionError::Diverged(_) => Some(
+                "nothing was merged; forget the group at the target, or protect the disks under \
+                 another name"
+                    .to_owned(),
+            ),
+            _ => None,
+        };
+        let retry_us = self.clock.mono_us() + wait_us;
+        self.shown.update(|s| {
+            s.state = state;
+            s.connected = false;
+            s.error = Some(error.to_string());
+            s.hint = hint;
+            s.retry_us = Some(retry_us);
+        });
+    }
+
+    fn pause(&self, wait_us: u64, stop: &AtomicBool) {
+        let until = self.clock.mono_us() + wait_us;
+        while !stop.load(Ordering::SeqCst) {
+            let left = until.saturating_sub(self.clock.mono_us());
+            if left == 0 {
+                break;
+            }
+            std::thread::sleep(Duration::from_micros(left.min(PAUSE_STEP_US)));
+        }
+    }
+}
+
+const CONNECT_MAX: Duration = Duration::from_secs(10);
+/// A session that lived this long was a success.
+const HELD_US: u64 = 5_000_000;
+const PAUSE_STEP_US: u64 = 50_000;
+/// Sessions that found the journal damaged before it is given up for a full copy.
+const DAMAGED_TRIES: u32 = 3;

@@ -1,0 +1,474 @@
+//! One session at the source.
+//!
+//! One thread: takes what arrived, tells heartbeats, reads the journal while
+//! nothing waits to be sent, sends the stream before copies. An epoch is started
+//! only while the window has room and is then sent to its end.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use blockfilter::control::{Mode, Positions};
+use blockfilter::journal::reader::ReadError;
+use blockfilter::names::Lsn;
+
+use super::{SessionError, Shipper};
+use crate::codec::{Controller, Encoder};
+use crate::epoch::{Builder, Epoch, Limits};
+use crate::feed::{Feed, Known};
+use crate::frame::FrameBuf;
+use crate::pace::Meter;
+use crate::seed::{Copier, CopyHead, SeedPlan, Step};
+use crate::session::{
+    Ack, DiskInfo, ErrorMessage, HEARTBEAT_US, Heartbeat, Hello, HelloAck, SeedBegin, SeedEnd,
+    Start, decide, group_id, seed_again,
+};
+use crate::source::{Control, Journal};
+use crate::status::{SeedProgress, State};
+use crate::transport::{Channel, Waker};
+use crate::wire::{Kind, WIRE_VERSION};
+
+/// A copy under way.
+struct Seeding {
+    plan: SeedPlan,
+    copier: Copier,
+    /// Read, but not sent yet.
+    step: Option<Step>,
+    /// Everything is read and sent; the seed ends once durable beyond this.
+    end: Option<Lsn>,
+    ended: bool,
+    meter: Meter,
+    done: u64,
+    sent_bytes: u64,
+}
+
+struct Session<'a> {
+    shipper: &'a Shipper,
+    channel: &'a mut Channel,
+    feed: Feed,
+    wake: Arc<Waker>,
+    journal: Box<dyn Journal>,
+    builder: Builder,
+    epoch: Option<Epoch>,
+    seeding: Option<Seeding>,
+    group_id: u64,
+    generation: u64,
+    codec: Controller,
+    encoder: Encoder,
+    shipped: Lsn,
+    target_durable: Lsn,
+    /// Sent epochs that are not acknowledged: end and bytes.
+    window: std::collections::VecDeque<(Lsn, u64)>,
+    window_bytes: u64,
+    epoch_bytes: u64,
+    heartbeat_due: u64,
+    rtt_us: Option<u64>,
+    stream_turns: u32,
+    wire_base: u64,
+}
+
+/// Runs one session; only errors end it, or `stop`.
+pub(super) fn session(
+    shipper: &Shipper,
+    channel: &mut Channel,
+    journal_lost: bool,
+    stop: &AtomicBool,
+) -> Result<(), SessionError> {
+    let wake = Arc::new(Waker::new().map_err(SessionError::Filter)?);
+    let mut control = shipper.source.control().map_err(SessionError::Filter)?;
+    let positions = control.wait(None, Duration::ZERO).map_err(SessionError::Filter)?;
+    let ack = greet(shipper, channel, &positions)?;
+    let mut journal = shipper.source.journal()?;
+    let mut start = decide(&positions, &ack);
+    if let Start::Stream { from } | Start::ResumeSeed { from, .. } = start {
+        match journal.read(from, positions.durable, 4096) {
+            Ok(_) => {}
+            Err(ReadError::Gone(_)) => start = seed_again(&ack, "the journal no longer holds it"),
+            Err(ReadError::Damaged(..)) if journal_lost => {
+                start = seed_again(&ack, "the journal is damaged");
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let (from, plan) = begin(shipper, channel, control.as_mut(), &positions, start)?;
+    // Follows only now: what it knows is not from before a seed began.
+    let feed = Feed::start(&shipper.source, &shipper.clock, &wake).map_err(SessionError::Filter)?;
+    feed.set_floor(from);
+    let known = feed.known().map_err(SessionError::Filter)?;
+    let limits = Limits { chunk_bytes: shipper.group.chunk_bytes, ..Limits::default() };
+    let mut session = Session {
+        shipper,
+        channel,
+        feed,
+        wake: wake.clone(),
+        journal,
+        builder: Builder::new(limits, from),
+        epoch: None,
+        seeding: None,
+        group_id: group_id(&shipper.group.uuid),
+        generation: known.positions.generation,
+        codec: Controller::default(),
+        encoder: Encoder::new().map_err(SessionError::Codec)?,
+        shipped: from,
+        target_durable: from,
+        window: Default::default(),
+        window_bytes: 0,
+        epoch_bytes: 0,
+        heartbeat_due: 0,
+        rtt_us: None,
+        stream_turns: 0,
+        wire_base: 0,
+    };
+    shipper.shown.update(|s| session.wire_base = s.wire_bytes);
+    if let Some(plan) = plan {
+        session.start_copier(plan)?;
+    }
+    session.show(&known, None);
+    session.run(stop)
+}
+
+fn greet(
+    shipper: &Shipper,
+    channel: &mut Channel,
+    positions: &Positions,
+) -> Result<HelloAck, SessionError> {
+    let hello = Hello {
+        version: WIRE_VERSION,
+        group: shipper.group.group.clone(),
+        group_uuid: shipper.group.uuid,
+        disks: shipper
+            .group
+            .disks
+            .iter()
+            .map(|d| DiskInfo { disk: d.disk.clone(), uuid: d.uuid, size_bytes: d.size_bytes })
+            .collect(),
+        generation: positions.generation,
+        incarnation: positions.incarnation,
+        history: positions.history.clone(),
+        durable: positions.durable,
+        ship_floor: positions.ship_floor,
+        mode: positions.mode,
+    };
+    channel.send(&FrameBuf::message(Kind::Hello, &hello)?)?;
+    let answer = channel.recv(ANSWER_MAX)?;
+    match answer.kind() {
+        Kind::HelloAck => Ok(answer.parse()?),
+        Kind::Error => Err(SessionError::Told(answer.parse()?)),
+        _ => Err(SessionError::OutOfTurn),
+    }
+}
+
+/// Does what was decided; returns where the stream starts and a copy to run.
+fn begin(
+    shipper: &Shipper,
+    channel: &mut Channel,
+    control: &mut dyn Control,
+    before: &Positions,
+    start: Start,
+) -> Result<(Lsn, Option<SeedPlan>), SessionError> {
+    let disks: Vec<u64> = shipper.group.disks.iter().map(|d| d.size_bytes).collect();
+    match start {
+        Start::Fenced { generation } => Err(SessionError::Fenced(generation)),
+        Start::Diverged { why } => Err(SessionError::Diverged(why)),
+        Start::Stream { from } => Ok((from, None)),
+        Start::ResumeSeed { from, seed } => {
+            tracing::info!(group = %shipper.group.group, %from, "the seed goes on");
+            let cursor = (seed.cursor_disk, seed.cursor);
+            Ok((from, Some(SeedPlan { s: seed.s, first: seed.first, cursor, disks })))
+        }
+        Start::Seed { first, reason } => {
+            // Durable at the filter before the target hears of it.
+            let s = control.begin_seed().map_err(SessionError::Filter)?;
+            let positions = control.wait(None, Duration::ZERO).map_err(SessionError::Filter)?;
+            if positions.incarnation != before.incarnation {
+                return Err(SessionError::Frozen);
+            }
+            tracing::info!(group = %shipper.group.group, %s, reason, "a full copy starts");
+            let message = SeedBegin {
+                s,
+                incarnation: positions.incarnation,
+                generation: positions.generation,
+            };
+            channel.send(&FrameBuf::message(Kind::SeedBegin, &message)?)?;
+            Ok((s, Some(SeedPlan { s, first, cursor: (0, 0), disks })))
+        }
+    }
+}
+
+impl Session<'_> {
+    fn start_copier(&mut self, plan: SeedPlan) -> Result<(), SessionError> {
+        let source = self.shipper.source.clone();
+        let copier =
+            Copier::start(source, plan.clone(), self.wake.clone()).map_err(SessionError::Disks)?;
+        let done = plan.done(plan.cursor);
+        self.seeding = Some(Seeding {
+            plan,
+            copier,
+            step: None,
+            end: None,
+            ended: false,
+            meter: Meter::default(),
+            done,
+            sent_bytes: 0,
+        });
+        Ok(())
+    }
+
+    fn run(&mut self, stop: &AtomicBool) -> Result<(), SessionError> {
+        while !stop.load(Ordering::SeqCst) {
+            let known = self.feed.known().map_err(SessionError::Filter)?;
+            if matches!(known.positions.mode, Mode::Frozen | Mode::New) {
+                return Err(SessionError::Frozen);
+            }
+            if known.positions.generation != self.generation {
+                return Err(SessionError::Fenced(known.positions.generation));
+            }
+            while let Some(frame) = self.channel.take() {
+                self.take(&frame, &known)?;
+            }
+            let now = self.now();
+            self.heartbeat(&known, now)?;
+            self.read_journal(&known, now)?;
+            let sent = !self.channel.output_pending() && self.send_one(&known, now)?;
+            let counters = self.channel.counters();
+            self.codec.observe(counters.sent_bytes, counters.blocked_us, now);
+            let timeout = if sent { Duration::ZERO } else { self.timeout(&known, now) };
+            self.channel.pump(timeout, Some(&self.wake.clone()))?;
+        }
+        self.channel.send(&FrameBuf::message(Kind::Bye, &())?)?;
+        Ok(())
+    }
+
+    fn now(&self) -> u64 {
+        self.shipper.clock.mono_us()
+    }
+
+    fn timeout(&self, known: &Known, now: u64) -> Duration {
+        let caught_up = self.builder.reached() >= known.positions.durable;
+        let idle = self.epoch.is_none() && !self.builder.has_ready();
+        if idle && !caught_up {
+            return Duration::ZERO;
+        }
+        let room = self.window_bytes < WINDOW_BYTES;
+        let closes = self.builder.deadline().filter(|_| idle && room);
+        let next = closes.map_or(self.heartbeat_due, |at| at.min(self.heartbeat_due));
+        Duration::from_micros(next.saturating_sub(now).clamp(200, HEARTBEAT_US))
+    }
+
+    fn take(&mut self, frame: &FrameBuf, known: &Known) -> Result<(), SessionError> {
+        match frame.kind() {
+            Kind::Ack => {
+                let ack: Ack = frame.parse()?;
+                self.acknowledged(&ack, known);
+                Ok(())
+            }
+            Kind::Error => {
+                let message: ErrorMessage = frame.parse()?;
+                Err(SessionError::Told(message))
+            }
+            Kind::Bye => Err(SessionError::Channel(crate::transport::ChannelError::Closed)),
+            _ => Err(SessionError::OutOfTurn),
+        }
+    }
+
+    fn acknowledged(&mut self, ack: &Ack, known: &Known) {
+        if let Some(echo) = ack.echo_us {
+            self.rtt_us = Some(self.now().saturating_sub(echo));
+        }
+        // An Ack from before a SeedBegin that is on its way says an older position.
+        if ack.durable > self.target_durable && ack.durable <= self.shipped {
+            self.target_durable = ack.durable;
+            self.feed.set_floor(ack.durable);
+        }
+        while let Some((end, bytes)) = self.window.front().copied()
+            && end <= self.target_durable
+        {
+            self.window.pop_front();
+            self.window_bytes -= bytes;
+        }
+        let over = self.seeding.as_ref().is_some_and(|s| s.ended) && ack.seed.is_none();
+        if over {
+            self.seeding = None;
+            tracing::info!(group = %self.shipper.group.group, "the copy is complete");
+        }
+        self.show(known, Some(ack));
+    }
+
+    fn heartbeat(&mut self, known: &Known, now: u64) -> Result<(), SessionError> {
+        if now < self.heartbeat_due {
+            return Ok(());
+        }
+        let beat = Heartbeat {
+            admitted: known.positions.admitted,
+            age_us: now.saturating_sub(known.at_us),
+            mono_us: now,
+            rtt_us: self.rtt_us.unwrap_or(0),
+        };
+        self.channel.send(&FrameBuf::message(Kind::Heartbeat, &beat)?)?;
+        self.heartbeat_due = now + HEARTBEAT_US;
+        Ok(())
+    }
+
+    fn read_journal(&mut self, known: &Known, now: u64) -> Result<(), SessionError> {
+        let durable = known.positions.durable;
+        for _ in 0..READS {
+            let from = self.builder.reached();
+            if self.epoch.is_some() || self.builder.has_ready() || from >= durable {
+                break;
+            }
+            let (batches, next) = self.journal.read(from, durable, READ_BYTES)?;
+            self.builder.push(batches, next, now)?;
+        }
+        if self.epoch.is_none() && self.window_bytes < WINDOW_BYTES {
+            let caught_up = self.builder.reached() >= durable;
+            if let Some(mut epoch) = self.builder.poll(now, caught_up)? {
+                epoch.set_writer(known.positions.incarnation, known.positions.generation);
+                self.epoch_bytes = 0;
+                self.epoch = Some(epoch);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends one frame if there is one: of the stream first, but of the copy
+    /// at least every eighth, so that it ends some day.
+    fn send_one(&mut self, known: &Known, now: u64) -> Result<bool, SessionError> {
+        let copy_turn = self.stream_turns >= COPY_EVERY;
+        if (copy_turn || self.epoch.is_none()) && self.send_copy(known, now)? {
+            self.stream_turns = 0;
+            return Ok(true);
+        }
+        let sent = self.send_epoch_frame()?;
+        self.stream_turns += u32::from(sent);
+        Ok(sent)
+    }
+
+    fn send_epoch_frame(&mut self) -> Result<bool, SessionError> {
+        let Some(epoch) = &mut self.epoch else { return Ok(false) };
+        let level = self.codec.level();
+        let (encoder, codec, clock) = (&mut self.encoder, &mut self.codec, &self.shipper.clock);
+        let mut raw_len = 0;
+        let frame = epoch
+            .next_frame(self.group_id, level.frame_bytes(), |raw| {
+                let began = clock.mono_us();
+                let packed = encoder.encode(level, raw)?;
+                let size = packed.as_ref().map_or(raw.len(), Vec::len);
+                codec.encoded(level, raw.len(), size, clock.mono_us().saturating_sub(began));
+                raw_len = raw.len() as u64;
+                Ok(packed)
+            })
+            .map_err(SessionError::Codec)?;
+        let Some(frame) = frame else {
+            self.epoch = None;
+            return Ok(false);
+        };
+        self.channel.send(&frame)?;
+        self.epoch_bytes += frame.bytes.len() as u64;
+        self.window_bytes += frame.bytes.len() as u64;
+        if frame.hdr.is_epoch_end() {
+            self.shipped = epoch.to;
+            self.window.push_back((epoch.to, self.epoch_bytes));
+            self.epoch = None;
+        }
+        self.count(raw_len);
+        Ok(true)
+    }
+
+    fn send_copy(&mut self, known: &Known, now: u64) -> Result<bool, SessionError> {
+        let Some(seeding) = &mut self.seeding else { return Ok(false) };
+        if seeding.ended {
+            return Ok(false);
+        }
+        let durable = known.positions.durable;
+        if let Some(end) = seeding.end {
+            // Everything read is durable at the source: `durable` is a batch's end.
+            if durable < end {
+                return Ok(false);
+            }
+            self.channel.send(&FrameBuf::message(Kind::SeedEnd, &SeedEnd { e: durable })?)?;
+            seeding.ended = true;
+            return Ok(true);
+        }
+        if seeding.step.is_none() {
+            let Some(step) = seeding.copier.next() else { return Ok(false) };
+            seeding.step = Some(step.map_err(SessionError::Disks)?);
+        }
+        let Some(step) = seeding.step.take_if(|step| durable >= step.h) else { return Ok(false) };
+        let head = CopyHead {
+            group_id: self.group_id,
+            generation: self.generation,
+            incarnation: known.positions.incarnation,
+        };
+        let level = self.codec.level();
+        let began = self.shipper.clock.mono_us();
+        let packed = self.encoder.encode(level, &step.payload).map_err(SessionError::Codec)?;
+        let cpu_us = self.shipper.clock.mono_us().saturating_sub(began);
+        let size = packed.as_ref().map_or(step.payload.len(), Vec::len);
+        self.codec.encoded(level, step.payload.len(), size, cpu_us);
+        self.channel.send(&step.frame(&seeding.plan, &head, packed.as_ref()))?;
+        let done = seeding.plan.done(step.cursor);
+        seeding.meter.add(done.saturating_sub(seeding.done), now);
+        seeding.done = done;
+        seeding.sent_bytes += step.payload.len() as u64;
+        if step.last {
+            seeding.end = Some(step.h);
+        }
+        self.count(step.payload.len() as u64);
+        Ok(true)
+    }
+
+    fn count(&self, raw: u64) {
+        let wire = self.wire_base + self.channel.counters().sent_bytes;
+        self.shipper.shown.update(|s| {
+            s.raw_bytes += raw;
+            s.wire_bytes = wire;
+        });
+    }
+
+    fn show(&self, known: &Known, ack: Option<&Ack>) {
+        let backlog = known.positions.admitted.0.saturating_sub(self.target_durable.0);
+        let seed = self.seeding.as_ref().map(|seeding| SeedProgress {
+            done_bytes: seeding.done,
+            total_bytes: seeding.plan.total(),
+            rate_bytes_per_second: seeding.meter.rate(),
+            eta_seconds: seeding.meter.eta_seconds(seeding.plan.total() - seeding.done),
+            sent_bytes: seeding.sent_bytes,
+        });
+        let now = self.now();
+        self.shipper.shown.update(|s| {
+            s.connected = true;
+            s.error = None;
+            s.hint = None;
+            s.retry_us = None;
+            s.shipped = Some(self.shipped);
+            s.target_durable = Some(self.target_durable);
+            s.backlog_bytes = backlog;
+            s.rtt_us = self.rtt_us;
+            s.codec = self.codec.level().as_str().to_owned();
+            s.seed = seed;
+            if let Some(ack) = ack {
+                s.consistent = ack.consistent.is_some();
+                s.recoverable = ack.consistent;
+                s.recoverable_to_us = ack.recoverable_us;
+                s.rpo_seconds = ack.rpo_us.map(|us| us as f64 / 1e6);
+                s.heard_us = now;
+            }
+            let behind = s.rpo_seconds.is_none_or(|rpo| rpo > LAGGING_SECONDS);
+            s.state = match () {
+                () if self.seeding.is_some() => State::Seeding,
+                () if behind && backlog > LAGGING_BYTES => State::Lagging,
+                () => State::Streaming,
+            };
+        });
+    }
+}
+
+const ANSWER_MAX: Duration = Duration::from_secs(15);
+/// Sent and not acknowledged; an epoch that was started is finished.
+const WINDOW_BYTES: u64 = 64 << 20;
+const READ_BYTES: usize = 4 << 20;
+/// Reads of the journal before the connection is looked after again.
+const READS: usize = 4;
+const COPY_EVERY: u32 = 8;
+const LAGGING_SECONDS: f64 = 5.0;
+const LAGGING_BYTES: u64 = 16 << 20;

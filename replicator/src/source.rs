@@ -1,0 +1,155 @@
+//! What the shipper needs of a group on this machine, behind traits, so that
+//! tests can stand in for a filter.
+//!
+//! Owns [`LocalSource`]: the filter's control socket, its journal, its disks by
+//! NBD. Every call has a timeout or reads a local file; none blocks the filter.
+
+use std::fmt::Debug;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockfilter::block::{Errno, Extent};
+use blockfilter::config::{GroupConfig, GroupPaths};
+use blockfilter::control::{Client, Positions, Reply, Request, unexpected};
+use blockfilter::engine::Clock;
+use blockfilter::journal::reader::{JournalReader, ReadError};
+use blockfilter::names::Lsn;
+use blockfilter::nbd::client::{Client as NbdClient, ClientConfig};
+use blockfilter::nbd::listen::Address;
+
+use crate::epoch::Batch;
+
+/// Connections to a group's filter; made anew after each failure.
+pub trait Source: Send + Sync + Debug {
+    /// A control connection.
+    fn control(&self) -> io::Result<Box<dyn Control>>;
+    /// The journal.
+    fn journal(&self) -> Result<Box<dyn Journal>, ReadError>;
+    /// The disks, as their clients see them.
+    fn disks(&self) -> io::Result<Box<dyn DiskSource>>;
+}
+
+/// The filter's control socket. After an error it is useless.
+pub trait Control: Send {
+    /// Positions, once `durable > after`, or after `timeout`; None: at once.
+    fn wait(&mut self, after: Option<Lsn>, timeout: Duration) -> io::Result<Positions>;
+    /// Batches are kept from the answered position on, durably.
+    fn begin_seed(&mut self) -> io::Result<Lsn>;
+    /// The target holds everything below `lsn`.
+    fn ship_floor(&mut self, lsn: Lsn) -> io::Result<Positions>;
+}
+
+/// Durable batches.
+pub trait Journal: Send {
+    /// Whole batches from `from`, not beyond `durable`, about `max` bytes, and
+    /// the position behind them and any padding.
+    fn read(&mut self, from: Lsn, durable: Lsn, max: usize)
+    -> Result<(Vec<Batch>, Lsn), ReadError>;
+}
+
+/// The disks' content, newest acknowledged writes included.
+pub trait DiskSource: Send {
+    /// Fills `buf` from `offset` of the disk with index `disk`.
+    fn read(&mut self, disk: usize, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+    /// Extents from `offset`, covering at least one and at most `len` bytes.
+    fn extents(&mut self, disk: usize, offset: u64, len: u64) -> io::Result<Vec<Extent>>;
+}
+
+/// A group whose filter runs on this machine.
+#[derive(Clone, Debug)]
+pub struct LocalSource {
+    config: GroupConfig,
+    paths: GroupPaths,
+    clock: Arc<dyn Clock>,
+}
+
+impl LocalSource {
+    /// Of a configured group; nothing is opened yet.
+    pub fn new(config: GroupConfig, paths: GroupPaths, clock: Arc<dyn Clock>) -> Self {
+        Self { config, paths, clock }
+    }
+}
+
+impl Source for LocalSource {
+    fn control(&self) -> io::Result<Box<dyn Control>> {
+        Ok(Box::new(LocalControl(Client::connect(&self.paths.filter_socket())?)))
+    }
+
+    fn journal(&self) -> Result<Box<dyn Journal>, ReadError> {
+        Ok(Box::new(LocalJournal(JournalReader::open(&self.config)?)))
+    }
+
+    fn disks(&self) -> io::Result<Box<dyn DiskSource>> {
+        let mut clients = Vec::with_capacity(self.config.disks.len());
+        for disk in &self.config.disks {
+            let address = Address::Unix(self.paths.nbd_socket());
+            let config = ClientConfig::new(address, &self.config.export(&disk.disk));
+            clients.push(NbdClient::connect(config, self.clock.clone()).map_err(io::Error::other)?);
+        }
+        Ok(Box::new(LocalDisks(clients)))
+    }
+}
+
+struct LocalDisks(Vec<NbdClient>);
+
+impl LocalDisks {
+    fn disk(&self, disk: usize) -> io::Result<&NbdClient> {
+        self.0.get(disk).ok_or_else(|| io::Error::other("no such disk"))
+    }
+}
+
+impl DiskSource for LocalDisks {
+    fn read(&mut self, disk: usize, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.disk(disk)?.read(offset, buf).map_err(failed)
+    }
+
+    fn extents(&mut self, disk: usize, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
+        self.disk(disk)?.extents(offset, len).map_err(failed)
+    }
+}
+
+fn failed(errno: Errno) -> io::Error {
+    io::Error::from_raw_os_error(errno.code() as i32)
+}
+
+struct LocalControl(Client);
+
+impl Control for LocalControl {
+    fn wait(&mut self, after: Option<Lsn>, timeout: Duration) -> io::Result<Positions> {
+        self.0.wait(after, None, timeout)
+    }
+
+    fn begin_seed(&mut self) -> io::Result<Lsn> {
+        match self.0.ask(&Request::BeginSeed, ANSWER)? {
+            Reply::SeedBegun { s } => Ok(s),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn ship_floor(&mut self, lsn: Lsn) -> io::Result<Positions> {
+        self.0.positions(&Request::ShipFloor { lsn }, ANSWER)
+    }
+}
+
+struct LocalJournal(JournalReader);
+
+impl Journal for LocalJournal {
+    fn read(
+        &mut self,
+        from: Lsn,
+        durable: Lsn,
+        max: usize,
+    ) -> Result<(Vec<Batch>, Lsn), ReadError> {
+        let mut data = Vec::new();
+        let (batches, next) = self.0.read(from, durable, max, &mut data)?;
+        let data = Arc::new(data);
+        let batches = batches
+            .into_iter()
+            .map(|b| Batch { hdr: b.hdr, data: data.clone(), bytes: b.bytes })
+            .collect();
+        Ok((batches, next))
+    }
+}
+
+const ANSWER: Duration = Duration::from_secs(10);
