@@ -240,6 +240,20 @@ impl PointSet {
         }
     }
 
+    /// The point at a position.
+    pub(crate) fn at(&self, era: u32, lsn: Lsn) -> Option<Point> {
+        let wanted = (era, lsn.0);
+        let i = self.points.binary_search_by(|p| (p.era, p.lsn).cmp(&wanted)).ok()?;
+        Some(self.full(&self.points[i]))
+    }
+
+    /// Whether the point still exists and is usable.
+    pub(crate) fn check(&self, point: &Point) -> Result<(), PointError> {
+        let id = PointSpec::Id { incarnation: point.incarnation, lsn: point.lsn };
+        let here = self.at(point.era, point.lsn).ok_or(PointError::Missing(id))?;
+        if here.usable { Ok(()) } else { Err(PointError::Unusable(here.id())) }
+    }
+
     /// Points, newest first.
     pub(crate) fn list(&self, query: PointQuery) -> Vec<Point> {
         let wanted = |p: &&PointRec| {

@@ -29,14 +29,27 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use blockfilter::block::Export;
-use blockfilter::engine::{Clock, File, Files, Open};
+use blockfilter::engine::{Clock, File, Files, Open, read_file, replace_file};
+use blockfilter::journal::format::DISKS_MAX;
 use blockfilter::names::{Lsn, Name};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::branch::{Branch, BranchDisk};
 use crate::points::{Point, PointError};
 
-mod group;
+mod base;
+pub mod format;
+pub(crate) mod group;
+pub(crate) mod index;
+pub(crate) mod ingest;
+pub(crate) mod log;
+pub(crate) mod manifest;
+pub(crate) mod segment;
+pub(crate) mod writer;
+
+use format::{FormatError, STORE_VERSION};
+use manifest::DrillRef;
 
 pub use group::GroupStore;
 pub use replicator::frame::FrameBuf;
@@ -185,6 +198,15 @@ impl StoreError {
         Self::Damaged { path: path.to_owned(), what: what.into() }
     }
 
+    pub(crate) fn format(path: &Path, error: FormatError) -> Self {
+        match error {
+            FormatError::Newer(found) => {
+                Self::Newer { path: path.to_owned(), found, known: STORE_VERSION }
+            }
+            other => Self::damaged(path, other.to_string()),
+        }
+    }
+
     /// The disk is full: nothing was changed, try again when there is space.
     pub fn is_full(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull)
@@ -234,71 +256,314 @@ pub enum AppendError {
 
 /// The whole store. Only one process has it open.
 #[derive(Debug)]
-pub struct Store {}
+pub struct Store {
+    files: Arc<dyn Files>,
+    dir: PathBuf,
+    clock: Arc<dyn Clock>,
+    /// Holds the flock until the store is dropped.
+    _lock: Arc<dyn File>,
+    groups: RwLock<BTreeMap<Name, Arc<GroupStore>>>,
+    unreadable: Vec<(Name, StoreError)>,
+    branches: Mutex<BTreeMap<Name, Arc<Branch>>>,
+    /// Groups and drills are made and removed one at a time.
+    admin: Mutex<()>,
+}
+
+/// `STORE`.
+#[derive(Debug, Serialize, Deserialize)]
+struct StoreFile {
+    format: String,
+    version: u32,
+}
 
 impl Store {
     /// Makes an empty store in `dir` (created if missing) and opens it.
     pub fn create(
-        _files: Arc<dyn Files>,
+        files: Arc<dyn Files>,
         dir: &Path,
-        _clock: Arc<dyn Clock>,
+        clock: Arc<dyn Clock>,
     ) -> Result<Self, StoreError> {
-        Err(StoreError::Exists(dir.to_owned()))
+        let path = dir.join(STORE);
+        if files.exists(&path) {
+            return Err(StoreError::Exists(dir.to_owned()));
+        }
+        let groups = dir.join(GROUPS);
+        files.create_dir_all(&groups).map_err(StoreError::io(&groups))?;
+        let lock = take_lock(files.as_ref(), dir)?;
+        let store = StoreFile { format: FORMAT.to_owned(), version: STORE_VERSION };
+        let text =
+            serde_json::to_vec(&store).map_err(|e| StoreError::damaged(&path, e.to_string()))?;
+        replace_file(files.as_ref(), &path, &text).map_err(StoreError::io(&path))?;
+        drop(lock);
+        Self::open(files, dir, clock)
     }
 
     /// Opens the store in `dir`, repairs what a crash left, takes the lock.
     pub fn open(
-        _files: Arc<dyn Files>,
+        files: Arc<dyn Files>,
         dir: &Path,
-        _clock: Arc<dyn Clock>,
+        clock: Arc<dyn Clock>,
     ) -> Result<Self, StoreError> {
-        Err(StoreError::Missing(dir.to_owned()))
+        let path = dir.join(STORE);
+        if !files.exists(&path) {
+            return Err(StoreError::Missing(dir.to_owned()));
+        }
+        let text =
+            read_file(files.as_ref(), &path, STORE_FILE_MAX).map_err(StoreError::io(&path))?;
+        let store: StoreFile =
+            serde_json::from_slice(&text).map_err(|e| StoreError::damaged(&path, e.to_string()))?;
+        if store.format != FORMAT {
+            return Err(StoreError::Missing(dir.to_owned()));
+        }
+        if store.version > STORE_VERSION {
+            let (found, known) = (store.version, STORE_VERSION);
+            return Err(StoreError::Newer { path, found, known });
+        }
+        let lock = take_lock(files.as_ref(), dir)?;
+        let mut this = Self {
+            files,
+            dir: dir.to_owned(),
+            clock,
+            _lock: lock,
+            groups: RwLock::default(),
+            unreadable: Vec::new(),
+            branches: Mutex::default(),
+            admin: Mutex::default(),
+        };
+        this.open_groups()?;
+        Ok(this)
+    }
+
+    fn open_groups(&mut self) -> Result<(), StoreError> {
+        let dir = self.dir.join(GROUPS);
+        for entry in self.files.list(&dir).map_err(StoreError::io(&dir))? {
+            let path = dir.join(&entry);
+            if entry.ends_with(MAKING) || entry.ends_with(DELETING) {
+                let _ = self.files.remove_dir_all(&path);
+                continue;
+            }
+            let Ok(name) = entry.parse::<Name>() else { continue };
+            match self.open_group(&path) {
+                Ok(group) => {
+                    self.groups_mut().insert(name, group);
+                }
+                Err(newer @ StoreError::Newer { .. }) => return Err(newer),
+                Err(error) => {
+                    tracing::error!(group = %name, %error, "the group cannot be opened");
+                    self.unreadable.push((name, error));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn open_group(&self, dir: &Path) -> Result<Arc<GroupStore>, StoreError> {
+        let (env, writer, points) =
+            writer::Writer::open(Arc::clone(&self.files), dir, Arc::clone(&self.clock))?;
+        Ok(Arc::new(GroupStore::new(env, writer, points)))
+    }
+
+    fn groups_mut(&self) -> std::sync::RwLockWriteGuard<'_, BTreeMap<Name, Arc<GroupStore>>> {
+        self.groups.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Groups that are there but cannot be opened, and why.
+    pub fn unreadable(&self) -> &[(Name, StoreError)] {
+        &self.unreadable
     }
 
     /// Adds an empty group, durably.
     pub fn create_group(&self, meta: GroupMeta) -> Result<Arc<GroupStore>, StoreError> {
-        Err(StoreError::GroupExists(meta.group))
+        let _one = lock(&self.admin);
+        check_meta(&meta)?;
+        let name = meta.group.clone();
+        let groups = self.dir.join(GROUPS);
+        let dir = groups.join(name.as_str());
+        if self.group(&name).is_some() || self.files.exists(&dir) {
+            return Err(StoreError::GroupExists(name));
+        }
+        let making = groups.join(format!("{name}{MAKING}"));
+        if self.files.exists(&making) {
+            self.files.remove_dir_all(&making).map_err(StoreError::io(&making))?;
+        }
+        self.files.create_dir_all(&making).map_err(StoreError::io(&making))?;
+        writer::Writer::create(self.files.as_ref(), &making, meta)?;
+        self.files.rename(&making, &dir).map_err(StoreError::io(&dir))?;
+        self.files.sync_dir(&groups).map_err(StoreError::io(&groups))?;
+        let group = self.open_group(&dir)?;
+        self.groups_mut().insert(name, Arc::clone(&group));
+        Ok(group)
     }
 
     /// A group.
-    pub fn group(&self, _name: &Name) -> Option<Arc<GroupStore>> {
-        None
+    pub fn group(&self, name: &Name) -> Option<Arc<GroupStore>> {
+        self.groups.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
     }
 
     /// All groups, by name.
     pub fn groups(&self) -> Vec<(Name, Arc<GroupStore>)> {
-        Vec::new()
+        let groups = self.groups.read().unwrap_or_else(PoisonError::into_inner);
+        groups.iter().map(|(name, group)| (name.clone(), Arc::clone(group))).collect()
     }
 
-    /// Deletes a group and its history, durably. Its sessions and exports must be
-    /// closed first; views that are still open fail.
+    /// Deletes a group, its drills and its history, durably. Open views of it fail.
     pub fn forget(&self, name: &Name) -> Result<(), StoreError> {
-        Err(StoreError::NoGroup(name.clone()))
+        let _one = lock(&self.admin);
+        let group = self.group(name).ok_or_else(|| StoreError::NoGroup(name.clone()))?;
+        for (drill, _) in group.drills() {
+            self.close_branch(&drill.id);
+        }
+        let dir = group.close();
+        self.groups_mut().remove(name);
+        let groups = self.dir.join(GROUPS);
+        let deleting = groups.join(format!("{name}{DELETING}"));
+        if self.files.exists(&deleting) {
+            self.files.remove_dir_all(&deleting).map_err(StoreError::io(&deleting))?;
+        }
+        self.files.rename(&dir, &deleting).map_err(StoreError::io(&dir))?;
+        self.files.sync_dir(&groups).map_err(StoreError::io(&groups))?;
+        self.files.remove_dir_all(&deleting).map_err(StoreError::io(&deleting))
     }
 
     /// Starts a drill at a point of a group, durably.
-    pub fn start_drill(&self, group: &Name, _point: &Point) -> Result<Drill, StoreError> {
-        Err(StoreError::NoGroup(group.clone()))
+    pub fn start_drill(&self, group: &Name, point: &Point) -> Result<Drill, StoreError> {
+        let _one = lock(&self.admin);
+        let store = self.group(group).ok_or_else(|| StoreError::NoGroup(group.clone()))?;
+        store.view(0, point)?;
+        let taken: Vec<Name> = self.drills().into_iter().map(|d| d.id).collect();
+        let mut number = store.next_drill();
+        let id = loop {
+            let id = drill_name(store.meta(), number);
+            if !taken.contains(&id) {
+                break id;
+            }
+            number = number.wrapping_add(1);
+        };
+        let created_us = self.clock.wall_us();
+        Branch::create(&store.env, &id)?;
+        let drill = DrillRef { id: id.clone(), era: point.era, lsn: point.lsn, created_us };
+        store.set_drill(&id, Some(drill))?;
+        Ok(Drill { id, group: group.clone(), point: point.clone(), created_us })
     }
 
     /// All drills.
     pub fn drills(&self) -> Vec<Drill> {
-        Vec::new()
+        let all = self.groups().into_iter().flat_map(|(group, store)| {
+            store.drills().into_iter().map(move |(d, point)| Drill {
+                id: d.id,
+                group: group.clone(),
+                point,
+                created_us: d.created_us,
+            })
+        });
+        all.collect()
     }
 
     /// Ends a drill and deletes what was written in it. Its exports fail from then on.
     pub fn finish_drill(&self, id: &Name) -> Result<(), StoreError> {
-        Err(StoreError::NoDrill(id.to_string()))
+        let _one = lock(&self.admin);
+        let (drill, store) = self.find_drill(id)?;
+        self.close_branch(id);
+        store.set_drill(id, None)?;
+        let dir = store.env.dir.join("drills").join(drill.id.as_str());
+        self.files.remove_dir_all(&dir).map_err(StoreError::io(&dir))
+    }
+
+    fn find_drill(&self, id: &Name) -> Result<(Drill, Arc<GroupStore>), StoreError> {
+        let drill = self.drills().into_iter().find(|d| &d.id == id);
+        let drill = drill.ok_or_else(|| StoreError::NoDrill(id.to_string()))?;
+        let store =
+            self.group(&drill.group).ok_or_else(|| StoreError::NoGroup(drill.group.clone()))?;
+        Ok((drill, store))
+    }
+
+    fn close_branch(&self, id: &Name) {
+        if let Some(branch) = lock(&self.branches).remove(id) {
+            branch.close();
+        }
     }
 
     /// One disk of a drill, writable; all callers share one branch.
-    pub fn drill_export(&self, id: &Name, _disk: &Name) -> Result<Arc<dyn Export>, StoreError> {
-        Err(StoreError::NoDrill(id.to_string()))
+    pub fn drill_export(&self, id: &Name, disk: &Name) -> Result<Arc<dyn Export>, StoreError> {
+        let _one = lock(&self.admin);
+        let (drill, store) = self.find_drill(id)?;
+        let index = store.disk_index(disk);
+        let index =
+            index.ok_or_else(|| StoreError::NoDisk(drill.group.clone(), disk.to_string()))?;
+        let mut branches = lock(&self.branches);
+        let branch = match branches.get(id) {
+            Some(branch) => Arc::clone(branch),
+            None => {
+                let branch = Arc::new(Branch::open(&store.env, id)?);
+                branches.insert(id.clone(), Arc::clone(&branch));
+                branch
+            }
+        };
+        let view = store.view(index, &drill.point)?;
+        Ok(Arc::new(BranchDisk::new(branch, view, format!("drill {id} of {}", drill.group))))
     }
 
     /// Background work of all groups, one step each; returns whether there was
     /// any. Call it every second or so from a thread of its own.
     pub fn maintain(&self) -> Result<bool, StoreError> {
-        Ok(false)
+        let mut worked = false;
+        for (_, group) in self.groups() {
+            worked |= group.maintain()?;
+        }
+        Ok(worked)
     }
 }
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// I20: one process has the store. A simulated file has no descriptor to lock.
+fn take_lock(files: &dyn Files, dir: &Path) -> Result<Arc<dyn File>, StoreError> {
+    let path = dir.join(LOCK);
+    let file = files.open(&path, Open::Create).map_err(StoreError::io(&path))?;
+    if let Some(fd) = file.fd() {
+        match rustix::fs::flock(fd, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(StoreError::Busy(dir.to_owned())),
+            Err(error) => return Err(StoreError::Io { path, source: error.into() }),
+        }
+    }
+    Ok(file)
+}
+
+fn check_meta(meta: &GroupMeta) -> Result<(), StoreError> {
+    let disks = meta.disks.len();
+    if disks == 0 || disks > DISKS_MAX {
+        return Err(StoreError::Invalid("a group has 1 to 32 disks"));
+    }
+    let names: std::collections::BTreeSet<&Name> = meta.disks.iter().map(|d| &d.disk).collect();
+    if names.len() != disks {
+        return Err(StoreError::Invalid("two disks of the group have the same name"));
+    }
+    if meta.disks.iter().any(|d| d.size_bytes == 0 || d.size_bytes > DISK_SIZE_MAX) {
+        return Err(StoreError::Invalid("a disk has more than 0 bytes and at most 4 PiB"));
+    }
+    Ok(())
+}
+
+/// Short, the same for ever, and in practice different for any two drills.
+fn drill_name(meta: &GroupMeta, number: u32) -> Name {
+    let hash = Uuid::new_v5(&meta.uuid, format!("drill {number}").as_bytes());
+    let text = format!("d{}", &hash.simple().to_string()[..8]);
+    text.parse().expect("hexadecimal digits are a name")
+}
+
+const STORE: &str = "STORE";
+const LOCK: &str = "store.lock";
+const GROUPS: &str = "groups";
+const FORMAT: &str = "standfast-store";
+/// A group's folder while it is made, and while it is deleted; not names of groups.
+const MAKING: &str = ".new";
+const DELETING: &str = ".deleted";
+const STORE_FILE_MAX: u64 = 4096;
+/// Block numbers have 40 bits.
+const DISK_SIZE_MAX: u64 = 1 << 52;
+
+#[cfg(test)]
+mod tests;
