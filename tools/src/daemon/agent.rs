@@ -22,6 +22,7 @@ use blockfilter::engine::real::RealFiles;
 use blockfilter::names::Name;
 
 use super::control::{self, AgentRequest, Reply};
+use super::gateway;
 use super::mounts::{self, MountFile, MountSpec};
 use super::process::{LockError, RoleLock, Spawn};
 use super::source;
@@ -70,6 +71,9 @@ pub fn run(dir: &Path, nbd: Option<&str>, clock: Arc<dyn Clock>, output: Output)
     let answering = agent.clone();
     control::serve(&socket, stop.clone(), move |request| answering.answer(request))
         .failed(format!("cannot listen on {}", socket.display()))?;
+    let mut gateway =
+        nbd.map(|address| gateway::serve(dir, address, agent.clock.clone())).transpose()?;
+    let nbd = gateway.as_ref().and_then(|g| g.addresses().first()).map(ToString::to_string);
     let count = agent.lock().len();
     output.ready(serde_json::json!({
         "role": "agent", "dir": dir, "control": socket, "groups": count, "nbd": nbd,
@@ -78,6 +82,9 @@ pub fn run(dir: &Path, nbd: Option<&str>, clock: Arc<dyn Clock>, output: Output)
     super::notify_ready(&format!("{count} groups"));
     super::run_until(&stop, POLL, || agent.poll());
     super::notify_stopping();
+    if let Some(gateway) = &mut gateway {
+        gateway.stop();
+    }
     let _ = std::fs::remove_file(&socket);
     Ok(())
 }

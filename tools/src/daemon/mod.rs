@@ -9,6 +9,7 @@
 //! | the target's view of a group | [`replica`] |
 //! | the target | [`target`] |
 //! | points and drills as files | [`mounts`] |
+//! | protected disks over NBD on TCP | [`gateway`] |
 //! | the application's consent | [`hooks`] |
 //! | the Status document | [`status`] |
 //! | a process that is kept running | [`worker`] |
@@ -32,6 +33,7 @@ pub mod agent;
 pub mod backing;
 pub mod control;
 pub mod enlist;
+pub mod gateway;
 pub mod hooks;
 pub mod mounts;
 pub mod process;
