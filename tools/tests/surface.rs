@@ -34,6 +34,7 @@ const SAMPLES: &[(&str, &[&str])] = &[
     ("inspect journal", &["/nonexistent/journal"]),
     ("completions", &["bash"]),
     ("run-filter", &["g"]),
+    ("run-replicator", &["g"]),
 ];
 
 fn leaves(command: &clap::Command, path: &str, found: &mut Vec<String>) {

@@ -114,6 +114,9 @@ pub enum Command {
     /// The filter process of a group.
     #[command(hide = true)]
     RunFilter(run::GroupArgs),
+    /// The replicator process of a group.
+    #[command(hide = true)]
+    RunReplicator(run::GroupArgs),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -181,6 +184,7 @@ fn run(command: Command, context: &Context) -> Outcome {
         Command::Sync(args) => sync::run(&args, context),
         Command::Disk(command) => disk::run(&command, context),
         Command::RunFilter(args) => run::filter(&args, context),
+        Command::RunReplicator(args) => run::replicator(&args, context),
         Command::Completions { shell } => completions(shell, context),
     }
 }

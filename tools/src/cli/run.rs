@@ -10,8 +10,10 @@ use std::time::Duration;
 
 use blockfilter::config::GroupPaths;
 use blockfilter::control::{Client, Request};
+use blockfilter::engine::real::RealFiles;
 use blockfilter::names::Name;
 use clap::Args;
+use replicator::shipper::{self, ReplicatorConfig};
 
 use super::Context;
 use crate::daemon::{self, agent, process};
@@ -43,6 +45,19 @@ pub fn filter(args: &GroupArgs, context: &Context) -> Outcome {
     let ready = || tracing::info!(group = %args.group, "the filter serves");
     blockfilter::group::run(&config, &paths, options, ready).map_err(|error| {
         Failure::new(Exit::WrongState, format!("the filter of {} ended", args.group))
+            .why(error.to_string())
+    })
+}
+
+/// The replicator process of a group; it may be killed at any time.
+pub fn replicator(args: &GroupArgs, context: &Context) -> Outcome {
+    process::detach();
+    let stop = daemon::stop_flag()?;
+    let (group, paths) = agent::load_config(&context.dir, &args.group)?;
+    let _role = agent::take_role(&paths, "replicator")?;
+    let config = ReplicatorConfig { group, paths, agent_dir: context.dir.clone() };
+    shipper::run(&config, &RealFiles, &context.clock, &stop).map_err(|error| {
+        Failure::new(Exit::Failed, format!("the replicator of {} ended", args.group))
             .why(error.to_string())
     })
 }

@@ -71,8 +71,8 @@ pub fn wait_shipped(
     loop {
         let view = source::ask(config, paths);
         let replicator = view.replicator.as_ref();
-        let durable = replicator.and_then(|r| r.target_durable).unwrap_or_default();
-        if durable >= lsn && replicator.is_some_and(|r| r.consistent && r.seed.is_none()) {
+        // Durable there is not enough during a copy: it must be recoverable.
+        if replicator.and_then(|r| r.recoverable).is_some_and(|end| end >= lsn) {
             return Ok(());
         }
         let now = context.clock.mono_us();

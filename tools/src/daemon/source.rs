@@ -42,6 +42,8 @@ pub struct ReplicatorView {
     pub target_durable: Option<Lsn>,
     /// The target can serve its newest state.
     pub consistent: bool,
+    /// The target's newest usable point.
+    pub recoverable: Option<Lsn>,
     /// Age of that state, from the target.
     pub rpo_seconds: Option<f64>,
     /// Source's clock at that state.
