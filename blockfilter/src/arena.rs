@@ -171,11 +171,10 @@ impl Arena {
         self.head.store(head, Ordering::Release);
     }
 
-    /// Gives up everything below `floor`, and says so to other processes first. A
-    /// chunk's header page behind the head, which is not written yet, is kept.
+    /// Gives up everything below `floor`, and says so to other processes first.
     pub fn advance_floor(&self, floor: u64) {
-        let floor = floor.min(self.head.load(Ordering::Relaxed));
         assert!(floor >= self.floor.load(Ordering::Relaxed));
+        assert!(floor <= self.head.load(Ordering::Relaxed));
         self.set_word(Word::Floor, floor);
         std::sync::atomic::fence(Ordering::SeqCst);
         self.floor.store(floor, Ordering::Release);

@@ -6,6 +6,7 @@
 //! | [`run`] | the built `standfast` and other programs, with time limits |
 //! | [`process`] | daemons that end with the test, however it ends |
 //! | [`simgroup`] | the filter over simulated files |
+//! | [`filter`] | a filter process alone |
 //! | [`site`] | a target and an agent in a temporary folder |
 //! | [`nbd`] | a small NBD client of its own: a second reading of the protocol |
 //! | [`oracle`] | what a disk may contain, given what was written: the checker of prefixes |
@@ -15,6 +16,7 @@
 //! test with what to install, it never skips silently.
 #![allow(clippy::unwrap_used, reason = "a test harness stops at the first surprise")]
 
+pub mod filter;
 pub mod nbd;
 pub mod oracle;
 pub mod process;

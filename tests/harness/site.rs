@@ -113,11 +113,7 @@ impl Site {
     /// A raw image with stamped content for the oracle's disk `number`.
     pub fn image(&self, name: &str, number: usize, size: u64) -> PathBuf {
         let path = self.path(name);
-        let file = std::fs::File::create(&path).unwrap();
-        file.set_len(size).unwrap();
-        for (at, data) in start_image(number, size) {
-            file.write_all_at(&data, at).unwrap();
-        }
+        write_image(&path, number, size);
         path
     }
 
@@ -213,6 +209,15 @@ impl Site {
             }
         }
         text
+    }
+}
+
+/// A new raw image with the start content of the oracle's disk `number`.
+pub fn write_image(path: &Path, number: usize, size: u64) {
+    let file = std::fs::File::create(path).unwrap();
+    file.set_len(size).unwrap();
+    for (at, data) in start_image(number, size) {
+        file.write_all_at(&data, at).unwrap();
     }
 }
 

@@ -44,6 +44,17 @@ pub fn run(
     })
 }
 
+/// Stops the writers when it goes out of scope, so that a test that fails does
+/// not wait for them.
+#[derive(Debug)]
+pub struct StopOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 struct Writer<'a> {
     load: &'a Load,
     history: &'a History,
@@ -67,21 +78,21 @@ impl<'a> Writer<'a> {
                 break;
             }
             let disk = self.rng.below(self.clients.len() as u64) as usize;
-            self.connect(disk)?;
+            self.connect(disk, stop)?;
             if self.request(disk)? {
                 done.fetch_add(1, Ordering::SeqCst);
             }
         }
         for disk in 0..self.clients.len() {
             if !self.undecided[disk].is_empty() {
-                self.connect(disk)?;
+                self.connect(disk, stop)?;
             }
         }
         self.clients.into_iter().flatten().for_each(Client::disconnect);
         Ok(())
     }
 
-    fn connect(&mut self, disk: usize) -> Result<(), String> {
+    fn connect(&mut self, disk: usize, stop: &AtomicBool) -> Result<(), String> {
         let deadline = Deadline::after(self.load.patience);
         while self.clients[disk].is_none() {
             match Client::connect(&self.load.uris[disk], Duration::from_secs(60)) {
@@ -91,7 +102,7 @@ impl<'a> Writer<'a> {
                         self.history.abandoned(id);
                     }
                 }
-                Err(error) if deadline.passed() => {
+                Err(error) if deadline.passed() || stop.load(Ordering::SeqCst) => {
                     return Err(format!("no server at {}: {error}", self.load.uris[disk]));
                 }
                 Err(_) => pause(),

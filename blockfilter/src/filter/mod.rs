@@ -39,8 +39,9 @@ pub trait Memory {
     fn freeze(&mut self, head: u64);
     /// Everything below this record position is complete.
     fn publish(&mut self, admitted: u64);
-    /// Bytes below `floor` may be overwritten.
-    fn release(&mut self, floor: u64);
+    /// Everything below `applied`, whose last batch has this CRC, is on the
+    /// disks; bytes below `floor` may be overwritten.
+    fn release(&mut self, applied: u64, crc: u32, floor: u64);
 }
 
 /// A record to admit.
@@ -495,7 +496,7 @@ impl Filter {
             self.sealed.pop_front();
         }
         self.applied = to;
-        mem.release(to);
+        mem.release(to, self.applied_crc, self.released());
         if self.pressed == Some(Stall::Arena) {
             self.pressed = None;
         }

@@ -281,8 +281,9 @@ fn warm(
     }
     let whole_chunk = open_lsn % geometry.chunk == PAGE && published == open_lsn;
     let head = if whole_chunk { open_lsn - PAGE } else { open_lsn };
-    let floor = applied.min(head);
-    arena.set_bounds(floor, head);
+    // The page of a chunk's header may have to be written to the journal again.
+    let floor = if applied % geometry.chunk == PAGE { applied - PAGE } else { applied };
+    arena.set_bounds(floor.min(head), head);
     let mut sealed = Vec::new();
     let mut crc = None;
     let mut at = geometry.normal(applied);
@@ -326,7 +327,8 @@ fn warm(
         sup: JournalSuper { ship_floor: ship_floor.into(), ..*sup },
         applied,
         applied_crc,
-        durable: if dead { applied } else { durable },
+        // The dead process may not have come to publish what it knew (I3).
+        durable: if dead { applied } else { durable.max(applied) },
         sealed: sealed.into_iter().map(|(batch, _)| batch).collect(),
         open,
         unjournaled: dead,
@@ -462,7 +464,7 @@ fn replay(
         }
         if window.is_empty() {
             memory.freeze(lsn.max(start));
-            memory.release(lsn.max(start));
+            arena.advance_floor(lsn.max(start));
         }
         bytes.resize(total as usize, 0);
         journal.read_exact_at(batch.file_offset, &mut bytes).map_err(ColdError::Replay)?;

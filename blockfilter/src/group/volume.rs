@@ -37,8 +37,11 @@ impl Memory for ArenaMemory {
     fn publish(&mut self, admitted: u64) {
         self.0.set_word(Word::Published, admitted);
     }
-    fn release(&mut self, floor: u64) {
-        self.0.set_word(Word::Applied, floor);
+    fn release(&mut self, applied: u64, crc: u32, floor: u64) {
+        // In this order, so that a start after a kill between any two finds
+        // either the CRC or the batches that carry it.
+        self.0.set_word(Word::AppliedCrc, (applied >> 12) << 32 | u64::from(crc));
+        self.0.set_word(Word::Applied, applied);
         self.0.advance_floor(floor);
     }
 }
@@ -481,8 +484,6 @@ impl Volume {
         let arena = &self.memory.0;
         arena.set_word(Word::Durable, positions.durable.0);
         arena.set_word(Word::ShipFloor, positions.ship_floor.0);
-        let tag = (positions.applied.0 >> 12) << 32;
-        arena.set_word(Word::AppliedCrc, tag | u64::from(self.filter.applied_crc()));
     }
 
     fn note_journal(&mut self, result: &io::Result<()>) {

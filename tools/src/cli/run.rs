@@ -32,6 +32,7 @@ pub struct GroupArgs {
 /// the arena does not outlive the machine.
 pub fn filter(args: &GroupArgs, context: &Context) -> Outcome {
     process::detach();
+    end_on_panic();
     let stop = daemon::stop_flag()?;
     let (config, paths) = agent::load_config(&context.dir, &args.group)?;
     let _role = agent::take_role(&paths, "filter")?;
@@ -60,6 +61,17 @@ pub fn replicator(args: &GroupArgs, context: &Context) -> Outcome {
         Failure::new(Exit::Failed, format!("the replicator of {} ended", args.group))
             .why(error.to_string())
     })
+}
+
+/// A broken invariant in any thread ends the process at once: clients reconnect and
+/// the next start takes the arena over. A process that lives on without one
+/// of its threads would keep them waiting for ever.
+fn end_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        report(info);
+        std::process::abort();
+    }));
 }
 
 /// Once a signal came: tells the filter to stop, as often as needed.
