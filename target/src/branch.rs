@@ -229,7 +229,7 @@ impl BranchDisk {
     /// Completes the range to whole sectors from what is there, and writes it.
     fn write_any(&self, writer: &mut BranchWriter, offset: u64, data: &[u8]) -> Result<(), Errno> {
         let end = offset + data.len() as u64;
-        if offset % SECTOR == 0 && end % SECTOR == 0 {
+        if offset.is_multiple_of(SECTOR) && end.is_multiple_of(SECTOR) {
             return self.write_sectors(writer, offset, data);
         }
         let first = offset / SECTOR * SECTOR;

@@ -288,7 +288,12 @@ impl Store {
             return Err(StoreError::Exists(dir.to_owned()));
         }
         let groups = dir.join(GROUPS);
+        let missing = groups.ancestors().take_while(|p| !files.exists(p)).count();
         files.create_dir_all(&groups).map_err(StoreError::io(&groups))?;
+        for parent in groups.ancestors().skip(1).take(missing) {
+            let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+            files.sync_dir(parent).map_err(StoreError::io(parent))?;
+        }
         let lock = take_lock(files.as_ref(), dir)?;
         let store = StoreFile { format: FORMAT.to_owned(), version: STORE_VERSION };
         let text =

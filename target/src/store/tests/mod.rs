@@ -13,6 +13,8 @@ use super::format::REGION;
 use super::{AppendError, Store, StoreError};
 use crate::points::{PointKind, PointQuery, PointSpec};
 
+mod crash;
+mod drill;
 mod model;
 
 use model::{Source, create, dir, meta, name, reopen};
