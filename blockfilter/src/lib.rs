@@ -21,6 +21,7 @@ pub mod config;
 pub mod control;
 pub mod engine;
 pub mod filter;
+pub mod fuse;
 pub mod group;
 pub mod journal;
 pub mod names;
