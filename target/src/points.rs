@@ -291,8 +291,10 @@ impl PointSet {
         let newest = self.newest().ok_or(PointError::None)?;
         let missing = || PointError::Missing(spec.clone());
         let named = |wanted: &dyn Fn(&&PointRec) -> bool| {
-            let rec = self.points.iter().rev().find(wanted).ok_or_else(missing)?;
-            let point = self.full(rec);
+            let mut found = self.points.iter().rev().filter(wanted).peekable();
+            let newest = *found.peek().ok_or_else(missing)?;
+            // After a journal was made anew an id may come twice.
+            let point = self.full(found.find(|p| self.usable(p)).unwrap_or(newest));
             if point.usable { Ok(point) } else { Err(PointError::Unusable(point.id())) }
         };
         let at = |time_us: u64| {

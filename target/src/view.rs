@@ -25,9 +25,17 @@ use crate::store::ingest::open_payload;
 use crate::store::log::LogSnap;
 use crate::store::segment::Env;
 
-/// One disk as it was at a point.
-#[derive(Debug)]
+/// One disk as it was at a point. Clones share what was read; so do views of the
+/// same disk and point that are open together.
+#[derive(Clone, Debug)]
 pub struct View {
+    core: Arc<ViewCore>,
+    multi_conn: bool,
+}
+
+/// What all views of one disk at one point share.
+#[derive(Debug)]
+pub(crate) struct ViewCore {
     env: Arc<Env>,
     snapshot: Arc<Snapshot>,
     disk: u8,
@@ -35,7 +43,6 @@ pub struct View {
     era: u32,
     lsn: u64,
     description: String,
-    multi_conn: bool,
     regions: Mutex<Weighed<u64, Flat>>,
     frames: FrameCache,
 }
@@ -187,6 +194,28 @@ impl Source {
 }
 
 impl View {
+    pub(crate) fn new(core: Arc<ViewCore>) -> Self {
+        Self { core, multi_conn: true }
+    }
+
+    /// Never advertises multi-conn: it was opened by a name that moves (ruling 17).
+    pub fn single_conn(mut self) -> Self {
+        self.multi_conn = false;
+        self
+    }
+
+    /// The index of its disk.
+    pub(crate) fn disk(&self) -> u8 {
+        self.core.disk
+    }
+
+    /// Size of the disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.core.size
+    }
+}
+
+impl ViewCore {
     pub(crate) fn new(
         env: Arc<Env>,
         snapshot: Arc<Snapshot>,
@@ -202,26 +231,9 @@ impl View {
             era: point.era,
             lsn: point.lsn.0,
             description: format!("{} at {}", meta.disk, point.id()),
-            multi_conn: true,
             regions: Mutex::new(Weighed::new(REGIONS_MAX)),
             frames: FrameCache::new(FRAMES_MAX),
         }
-    }
-
-    /// Never advertises multi-conn: it was opened by a name that moves (ruling 17).
-    pub fn single_conn(mut self) -> Self {
-        self.multi_conn = false;
-        self
-    }
-
-    /// The index of its disk.
-    pub(crate) fn disk(&self) -> u8 {
-        self.disk
-    }
-
-    /// Size of the disk in bytes.
-    pub fn size(&self) -> u64 {
-        self.size
     }
 
     fn region(&self, region: u64) -> Result<Arc<Flat>, Errno> {
@@ -319,22 +331,23 @@ fn piece_range(piece: &Piece) -> (u64, u64) {
 impl Export for View {
     fn info(&self) -> ExportInfo {
         ExportInfo {
-            size: self.size,
+            size: self.core.size,
             read_only: true,
             multi_conn: self.multi_conn,
             block_min: 1,
             block_preferred: 64 << 10,
             fast_zero: false,
             trim: false,
-            description: self.description.clone(),
+            description: self.core.description.clone(),
         }
     }
 
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Errno> {
+        let core = &self.core;
         for_regions(offset, buf, |region, inside, part| {
-            let flat = self.region(region)?;
-            fill(&self.env, &self.frames, &flat, inside, part, |_, at, bytes| {
-                self.read_base(region * REGION + at, bytes)
+            let flat = core.region(region)?;
+            fill(&core.env, &core.frames, &flat, inside, part, |_, at, bytes| {
+                core.read_base(region * REGION + at, bytes)
             })
         })
     }
@@ -357,20 +370,20 @@ impl Export for View {
 
     fn extents(&self, offset: u64, len: u64, max: usize) -> Result<Vec<Extent>, Errno> {
         let mut list = ExtentList::new(max);
-        let end = offset.saturating_add(len).min(self.size);
+        let end = offset.saturating_add(len).min(self.core.size);
         let mut at = offset;
         for _ in 0..EXTENT_REGIONS {
             if at >= end || list.is_full() {
                 break;
             }
             let region = at / REGION;
-            let flat = self.region(region)?;
+            let flat = self.core.region(region)?;
             for piece in &flat.pieces {
                 let (from, to) = piece_range(piece);
                 let from = (region * REGION + from).max(at);
                 let to = (region * REGION + to).min(end);
                 if from < to {
-                    self.piece_extents(piece.source, from, to, &mut list);
+                    self.core.piece_extents(piece.source, from, to, &mut list);
                 }
             }
             at = (region + 1) * REGION;
@@ -379,7 +392,7 @@ impl Export for View {
     }
 }
 
-impl View {
+impl ViewCore {
     fn piece_extents(&self, source: Source, from: u64, to: u64, list: &mut ExtentList) {
         match source {
             Source::Zero => list.push(to - from, true),

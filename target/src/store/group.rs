@@ -8,8 +8,9 @@
 //! receiver. After it: views. It does not know sessions: that there is one at a
 //! time is the receiver's business, calls are merely one at a time here.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use blockfilter::names::{Lsn, Name};
 use replicator::wire::Kind;
@@ -21,7 +22,7 @@ use super::segment::{Env, point_of};
 use super::writer::Writer;
 use super::{AppendError, FrameBuf, GroupMeta, GroupState, SeedState, StoreError};
 use crate::points::{EraEnd, Point, PointError, PointQuery, PointSet, PointSpec};
-use crate::view::View;
+use crate::view::{View, ViewCore};
 
 /// One group. Shared: one writer (a session), any number of readers.
 #[derive(Debug)]
@@ -33,7 +34,12 @@ pub struct GroupStore {
     points: RwLock<PointSet>,
     status: Mutex<Status>,
     merging: Mutex<()>,
+    /// Views that are open, to share what they read.
+    views: Mutex<Views>,
 }
+
+/// By disk, era and LSN.
+type Views = HashMap<(u8, u32, Lsn), Weak<ViewCore>>;
 
 /// What views read: the layers of every era. Replaced as a whole, never changed.
 #[derive(Debug, Default)]
@@ -77,6 +83,7 @@ impl GroupStore {
             points: RwLock::new(points),
             status: Mutex::default(),
             merging: Mutex::default(),
+            views: Mutex::default(),
             writer: Mutex::new(writer),
         };
         this.publish(&lock(&this.writer));
@@ -148,7 +155,8 @@ impl GroupStore {
     pub fn begin_seed(&self, s: Lsn, incarnation: u64, generation: u64) -> Result<(), AppendError> {
         let mut writer = self.writable()?;
         writer.check_generation(generation)?;
-        let first = self.newest().is_none();
+        let before = self.newest();
+        let first = before.is_none();
         let begun = writer.begin_seed(&self.env, first, s, incarnation, generation);
         if let Err(error) = begun {
             return Err(self.refuse(&mut writer, error));
@@ -156,6 +164,7 @@ impl GroupStore {
         let ends = writer.era_ends();
         self.write_points(|points| points.set_eras(ends));
         self.publish(&writer);
+        assert_eq!(self.newest(), before, "I15: a seed does not take the last usable point");
         Ok(())
     }
 
@@ -352,7 +361,16 @@ impl GroupStore {
             let snapshot = self.snapshot.read().unwrap_or_else(PoisonError::into_inner);
             Ok::<_, PointError>(Arc::clone(&snapshot))
         })?;
-        Ok(View::new(Arc::clone(&self.env), snapshot, meta, disk, point))
+        let mut views = lock(&self.views);
+        let key = (disk, point.era, point.lsn);
+        if let Some(core) = views.get(&key).and_then(Weak::upgrade) {
+            return Ok(View::new(core));
+        }
+        views.retain(|_, core| core.strong_count() > 0);
+        let core = ViewCore::new(Arc::clone(&self.env), snapshot, meta, disk, point);
+        let core = Arc::new(core);
+        views.insert(key, Arc::downgrade(&core));
+        Ok(View::new(core))
     }
 
     /// The drills of this group, with their points.
@@ -396,7 +414,12 @@ impl GroupStore {
                 None => return Ok(false),
             }
         };
-        let run = due.run(&self.env)?;
+        let run = match due.run(&self.env) {
+            Ok(run) => run,
+            // Merging saves time only; it waits for space.
+            Err(error) if error.is_full() => return Ok(false),
+            Err(error) => return Err(error),
+        };
         let Ok(mut writer) = self.writable() else { return Ok(false) };
         if let Err(error) = writer.finish_merge(&self.env, at, &due, run) {
             let text = error.to_string();

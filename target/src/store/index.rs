@@ -202,6 +202,17 @@ impl Run {
         Ok(())
     }
 
+    /// Reads and checks every page.
+    pub(crate) fn check(&self) -> io::Result<()> {
+        for page in 0..self.fences.len() as u64 {
+            let bytes = self.page(page, PAGE_ENTRIES)?;
+            if !items::<Entry>(&bytes).iter().all(Entry::is_valid) {
+                return Err(self.damage(page));
+            }
+        }
+        Ok(())
+    }
+
     /// Wide extents that touch a region, below `below`, newest first.
     pub(crate) fn wides(&self, disk: u8, region: u64, below: u64, out: &mut Vec<Wide>) {
         out.extend(self.wides.iter().filter(|w| touches(w, disk, region, below)));

@@ -176,6 +176,21 @@ impl Documents {
         files: &dyn Files,
         dir: &Path,
     ) -> Result<(Self, T), StoreError> {
+        let (this, document) = Self::read(files, dir)?;
+        let name = format!("{PREFIX}{:06}", this.seq);
+        for other in files.list(dir).map_err(StoreError::io(dir))? {
+            if (other.starts_with(PREFIX) && other != name) || other == CURRENT_NEW {
+                let _ = files.remove(&dir.join(other));
+            }
+        }
+        Ok((this, document))
+    }
+
+    /// Reads the document in force and changes nothing.
+    pub(crate) fn read<T: DeserializeOwned>(
+        files: &dyn Files,
+        dir: &Path,
+    ) -> Result<(Self, T), StoreError> {
         let current = dir.join(CURRENT);
         let text = read_file(files, &current, 100).map_err(StoreError::io(&current))?;
         let name = String::from_utf8_lossy(&text).trim().to_owned();
@@ -184,11 +199,6 @@ impl Documents {
         let path = dir.join(&name);
         let text = read_file(files, &path, MANIFEST_MAX).map_err(StoreError::io(&path))?;
         let document = decode(&path, &text)?;
-        for other in files.list(dir).map_err(StoreError::io(dir))? {
-            if (other.starts_with(PREFIX) && other != name) || other == CURRENT_NEW {
-                let _ = files.remove(&dir.join(other));
-            }
-        }
         Ok((Self { dir: dir.to_owned(), seq }, document))
     }
 

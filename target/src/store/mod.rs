@@ -43,6 +43,7 @@ pub mod format;
 pub(crate) mod group;
 pub(crate) mod index;
 pub(crate) mod ingest;
+mod inspect;
 pub(crate) mod log;
 pub(crate) mod manifest;
 pub(crate) mod segment;
@@ -52,6 +53,7 @@ use format::{FormatError, STORE_VERSION};
 use manifest::DrillRef;
 
 pub use group::GroupStore;
+pub use inspect::inspect;
 pub use replicator::frame::FrameBuf;
 
 /// One disk of a group.
@@ -511,11 +513,14 @@ impl Store {
     /// Background work of all groups, one step each; returns whether there was
     /// any. Call it every second or so from a thread of its own.
     pub fn maintain(&self) -> Result<bool, StoreError> {
-        let mut worked = false;
+        let (mut worked, mut failed) = (false, None);
         for (_, group) in self.groups() {
-            worked |= group.maintain()?;
+            match group.maintain() {
+                Ok(some) => worked |= some,
+                Err(error) => failed = Some(error),
+            }
         }
-        Ok(worked)
+        failed.map_or(Ok(worked), Err)
     }
 }
 

@@ -91,7 +91,7 @@ fn invalid(message: impl Into<String>) -> io::Error {
 }
 
 /// Reads a frame that must end at or below `limit`.
-fn read_frame(file: &dyn File, offset: u64, limit: u64) -> io::Result<FrameBuf> {
+pub(super) fn read_frame(file: &dyn File, offset: u64, limit: u64) -> io::Result<FrameBuf> {
     let mut head = [0; size_of::<FrameHdr>()];
     if offset + head.len() as u64 > limit {
         return Err(io::ErrorKind::UnexpectedEof.into());

@@ -378,7 +378,9 @@ impl Writer {
         }
         self.last = s;
         (self.cursor, self.copied) = ((0, 0), (0, 0));
-        clean(env.files.as_ref(), &env.dir, &self.manifest)
+        // What cannot be removed now goes at the next start.
+        let _ = clean(env.files.as_ref(), &env.dir, &self.manifest);
+        Ok(())
     }
 
     /// Writes a first seed's copies to the base. The outer error is what the

@@ -216,7 +216,7 @@ fn groups_and_drills_are_there_or_not_after_every_power_cut() {
         assert!(group.is_none() || cut.at < forgotten, "{cut}");
         let drills = store.drills();
         if (started..all).contains(&cut.at) {
-            assert_eq!(drills, [drill.clone()], "{cut}");
+            assert_eq!(drills, std::slice::from_ref(&drill), "{cut}");
         }
         if cut.at >= finished || group.is_none() {
             assert!(drills.is_empty(), "{cut}");

@@ -287,3 +287,34 @@ fn a_million_entries_open_and_read() {
         second - first
     );
 }
+
+#[test]
+fn inspecting_finds_every_damaged_file_and_changes_nothing() {
+    let sim = SimFiles::new();
+    let files: Arc<dyn Files> = Arc::new(sim.clone());
+    let mut source = Source::new(36);
+    let (store, group) = create(&files);
+    source.seed(&group);
+    group.set_roll_bytes(1);
+    for _ in 0..6 {
+        group.append_epoch(&source.epoch(1, 4, None)).unwrap();
+    }
+    store.start_drill(&name("g"), &group.newest().unwrap()).unwrap();
+    let before = sim.mutations();
+    let look = |deep| {
+        let clock = Arc::new(TestClock::default());
+        crate::store::inspect(Arc::clone(&files), super::model::dir(), clock, deep).unwrap()
+    };
+    assert_eq!(look(true)["damaged"], 0);
+    let group = super::model::dir().join("groups/g");
+    let mut damaged = 0;
+    for (sub, at) in [("seg", 4096 + 200), ("idx", 4096 + 50)] {
+        for file in sim.list(&group.join(sub)).unwrap().iter().take(3) {
+            sim.flip(&group.join(sub).join(file), at, 4);
+            damaged += 1;
+        }
+    }
+    assert_eq!(look(true)["damaged"], damaged);
+    assert_eq!(look(false)["damaged"], 0);
+    assert_eq!(sim.mutations(), before);
+}
