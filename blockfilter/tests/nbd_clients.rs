@@ -7,9 +7,13 @@ mod common;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Duration;
 
-use blockfilter::nbd::server::ServerConfig;
+use blockfilter::engine::real::RealClock;
+use blockfilter::nbd::file::FileExport;
+use blockfilter::nbd::listen::{Listener, inherited};
+use blockfilter::nbd::server::{FixedExports, ServerConfig, ServerHandle};
 use common::{Served, noise, run, run_any, write};
 
 #[test]
@@ -350,4 +354,46 @@ fn stop_answers_what_runs_and_closes_all() {
     assert_eq!(server.connections(), 0);
     assert_eq!(stream.read(&mut [0; 16]).unwrap(), 0);
     assert!(!served.socket().exists());
+}
+
+/// Not a test by itself: serves for [`libnbd_starts_us_by_socket_activation`].
+#[test]
+fn serve_for_another_process() {
+    let Ok(path) = std::env::var("STANDFAST_TEST_SERVE") else { return };
+    let listeners: Vec<Listener> =
+        inherited().into_iter().map(|fd| Listener::from_fd(fd).unwrap()).collect();
+    assert_eq!(listeners.len(), 1);
+    assert!(inherited().is_empty(), "they can be taken once");
+    let export = Arc::new(FileExport::open(path.as_ref(), false).unwrap());
+    let exports = Arc::new(FixedExports(vec![("disk".to_owned(), export)]));
+    let clock = Arc::new(RealClock::new());
+    let config = ServerConfig::default();
+    let _server = ServerHandle::start(listeners, config, exports, clock).unwrap();
+    loop {
+        // libnbd ends us by SIGTERM.
+        std::thread::park();
+    }
+}
+
+#[test]
+fn libnbd_starts_us_by_socket_activation() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    write(&path, &[0; 65_536]);
+    let us = std::env::current_exe().unwrap();
+    let script = format!(
+        r#"
+import os
+os.environ["STANDFAST_TEST_SERVE"] = "{}"
+h = nbd.NBD()
+h.connect_systemd_socket_activation(["{}", "serve_for_another_process", "--exact", "--nocapture"])
+h.pwrite(b"activated", 100, nbd.CMD_FLAG_FUA)
+assert h.pread(9, 100) == b"activated" and h.get_size() == 65536
+h.shutdown()
+"#,
+        path.display(),
+        us.display()
+    );
+    run("nbdsh", &["-c", &script]);
+    assert_eq!(&std::fs::read(&path).unwrap()[100..109], b"activated");
 }
