@@ -37,6 +37,7 @@ fn kill_under_oracle(name: &str, env: &[(&str, &str)]) {
         writers: 4,
         seed,
         requests: u64::MAX,
+        rest: Duration::ZERO,
         patience: Duration::from_secs(60),
     };
     std::thread::scope(|scope| {

@@ -50,3 +50,10 @@ impl Deadline {
 pub fn pause() {
     std::thread::sleep(Duration::from_millis(5));
 }
+
+/// Keeps a load from taking the whole machine; never a way to wait for something.
+pub fn rest(time: Duration) {
+    if !time.is_zero() {
+        std::thread::sleep(time);
+    }
+}

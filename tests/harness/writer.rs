@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::Rng;
 use crate::nbd::{Client, NbdError};
 use crate::oracle::{ActId, History, SECTOR, payload};
-use crate::wait::{Deadline, pause};
+use crate::wait::{Deadline, pause, rest};
 
 /// What the writers do.
 #[derive(Clone, Debug)]
@@ -22,6 +22,8 @@ pub struct Load {
     pub seed: u64,
     /// A writer stops after so many requests (or when told).
     pub requests: u64,
+    /// Each writer rests so long after a request; zero for as fast as it goes.
+    pub rest: Duration,
     /// Longest time without a server before the test fails.
     pub patience: Duration,
 }
@@ -82,6 +84,7 @@ impl<'a> Writer<'a> {
             if self.request(disk)? {
                 done.fetch_add(1, Ordering::SeqCst);
             }
+            rest(self.load.rest);
         }
         for disk in 0..self.clients.len() {
             if !self.undecided[disk].is_empty() {

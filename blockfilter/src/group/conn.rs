@@ -716,7 +716,7 @@ fn export_info(volume: &Volume, index: usize) -> ExportInfo {
         size: disk.size,
         read_only: false,
         multi_conn: true,
-        block_min: 512,
+        block_min: 1,
         block_preferred: 4096,
         fast_zero: true,
         trim: true,
