@@ -35,6 +35,7 @@ const SAMPLES: &[(&str, &[&str])] = &[
     ("completions", &["bash"]),
     ("run-filter", &["g"]),
     ("run-replicator", &["g"]),
+    ("run-fuse", &["--spec", "/nonexistent/spec"]),
 ];
 
 fn leaves(command: &clap::Command, path: &str, found: &mut Vec<String>) {

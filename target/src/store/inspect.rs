@@ -66,7 +66,7 @@ impl Inspector {
 
     fn group(&mut self, dir: &Path) -> Result<Value, StoreError> {
         let (_, manifest) = Documents::read::<Manifest>(self.files.as_ref(), dir)?;
-        let env = self.env(dir, manifest.meta.uuid.as_u64_pair().0);
+        let env = self.env(dir, replicator::session::group_id(&manifest.meta.uuid));
         let eras: Vec<Value> = manifest.eras.iter().map(|era| self.era(&env, era)).collect();
         let mut drills = Vec::new();
         for drill in &manifest.drills {

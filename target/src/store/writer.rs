@@ -95,7 +95,7 @@ impl Writer {
         let (documents, manifest) = Documents::load::<Manifest>(files.as_ref(), dir)?;
         clean(files.as_ref(), dir, &manifest)?;
         let sizes = manifest.meta.disks.iter().map(|d| d.size_bytes).collect();
-        let group_id = manifest.meta.uuid.as_u64_pair().0;
+        let group_id = replicator::session::group_id(&manifest.meta.uuid);
         let env = Env::new(files, dir.to_owned(), group_id, sizes, clock, manifest.next_id);
         let mut this = Self {
             documents,
@@ -259,7 +259,7 @@ impl Writer {
             if frame.kind() != Kind::Epoch || hdr.is_epoch_end() != (i + 1 == frames.len()) {
                 return Err(AppendError::Invalid("the frames are not one epoch"));
             }
-            if hdr.group_id.get() != self.manifest.meta.uuid.as_u64_pair().0 {
+            if hdr.group_id.get() != replicator::session::group_id(&self.manifest.meta.uuid) {
                 return Err(AppendError::Invalid("a frame of another group"));
             }
             self.check_generation_is(hdr.generation.get())?;

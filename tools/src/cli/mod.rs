@@ -117,6 +117,9 @@ pub enum Command {
     /// The replicator process of a group.
     #[command(hide = true)]
     RunReplicator(run::GroupArgs),
+    /// A FUSE process.
+    #[command(hide = true)]
+    RunFuse(run::FuseArgs),
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -185,6 +188,7 @@ fn run(command: Command, context: &Context) -> Outcome {
         Command::Disk(command) => disk::run(&command, context),
         Command::RunFilter(args) => run::filter(&args, context),
         Command::RunReplicator(args) => run::replicator(&args, context),
+        Command::RunFuse(args) => run::fuse(&args, context),
         Command::Completions { shell } => completions(shell, context),
     }
 }

@@ -4,6 +4,7 @@
 //! Each leaves the starter's session, takes its role's lock (so that there is
 //! one of its kind and the next agent finds it) and runs until it is told to stop.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -11,11 +12,13 @@ use std::time::Duration;
 use blockfilter::config::GroupPaths;
 use blockfilter::control::{Client, Request};
 use blockfilter::engine::real::RealFiles;
+use blockfilter::fuse::{FuseConfig, FuseError, FuseFile};
 use blockfilter::names::Name;
 use clap::Args;
 use replicator::shipper::{self, ReplicatorConfig};
 
 use super::Context;
+use crate::daemon::mounts::{self, MountSpec};
 use crate::daemon::{self, agent, process};
 use crate::errors::{Exit, Failure, Outcome};
 
@@ -72,6 +75,41 @@ fn end_on_panic() {
         report(info);
         std::process::abort();
     }));
+}
+
+/// Arguments of `run-fuse`.
+#[derive(Debug, Args)]
+pub struct FuseArgs {
+    /// What to show, and where: a [`MountSpec`].
+    #[arg(long, value_name = "FILE")]
+    pub spec: PathBuf,
+}
+
+/// A FUSE process: a group's files, or a point's or drill's.
+///
+/// SIGTERM unmounts; while the mount is in use it goes on serving.
+pub fn fuse(args: &FuseArgs, context: &Context) -> Outcome {
+    process::detach();
+    let stop = daemon::stop_flag()?;
+    let spec = MountSpec::load(&args.spec)?;
+    let _role = agent::take_lock_of(&spec.lock, "FUSE process")?;
+    let file = |f: &mounts::MountFile| FuseFile {
+        name: f.name.clone(),
+        socket: f.socket.clone(),
+        export: f.export.clone(),
+        read_only: f.read_only,
+    };
+    let files = spec.files.iter().map(file).collect();
+    let config = FuseConfig::new(spec.mountpoint.clone(), files);
+    let ready = || tracing::info!(path = %spec.mountpoint.display(), "mounted");
+    blockfilter::fuse::run(&config, &context.clock, &stop, ready).map_err(|error| {
+        let exit = match error {
+            FuseError::NotEmpty(_) | FuseError::Mounted(_) => Exit::Busy,
+            _ => Exit::Failed,
+        };
+        let what = format!("cannot show files in {}", spec.mountpoint.display());
+        Failure::coded(exit, 17, what).why(error.to_string())
+    })
 }
 
 /// Once a signal came: tells the filter to stop, as often as needed.

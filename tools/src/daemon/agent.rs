@@ -343,8 +343,13 @@ pub fn role_lock(paths: &GroupPaths, role: &str) -> PathBuf {
 
 /// Takes a role's lock for this process, for as long as it lives.
 pub fn take_role(paths: &GroupPaths, role: &str) -> Outcome<RoleLock> {
-    RoleLock::take(&role_lock(paths, role)).map_err(|error| {
-        Failure::coded(Exit::Busy, 4, format!("another {role} of this group runs"))
+    take_lock_of(&role_lock(paths, role), role)
+}
+
+/// Takes the lock at `path` for this process, for as long as it lives.
+pub fn take_lock_of(path: &Path, role: &str) -> Outcome<RoleLock> {
+    RoleLock::take(path).map_err(|error| {
+        Failure::coded(Exit::Busy, 4, format!("another {role} of this kind runs"))
             .why(error.to_string())
     })
 }

@@ -170,9 +170,12 @@ pub fn end_lock(lock: &Path, role: &str, clock: &dyn Clock) -> Outcome {
         let waited = clock.mono_us() - started;
         if waited > 2 * END_US {
             let what = format!("the {role} (process {pid}) does not end");
-            return Err(Failure::new(Exit::TimedOut, what));
+            return Err(Failure::coded(Exit::Busy, 19, what)
+                .why("its files may be in use")
+                .hint("unmount and close what uses them, and try again"));
         }
-        if waited > END_US {
+        // A FUSE process that is in use serves on: killing it would cost its user writes.
+        if waited > END_US && role != "fuse" {
             process.signal(true);
         }
         std::thread::sleep(Duration::from_millis(20));

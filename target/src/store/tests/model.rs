@@ -50,7 +50,7 @@ pub(crate) fn meta() -> GroupMeta {
 }
 
 pub(crate) fn group_id() -> u64 {
-    meta().uuid.as_u64_pair().0
+    replicator::session::group_id(&meta().uuid)
 }
 
 pub(crate) fn dir() -> &'static std::path::Path {
