@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use blockfilter::engine::{Clock, Files, Open, read_file};
+use blockfilter::names::Name;
 use serde_json::{Value, json};
 
 use super::StoreError;
@@ -36,6 +37,10 @@ pub fn inspect(
     let mut groups = Vec::new();
     let at = dir.join("groups");
     for name in inspector.files.list(&at).map_err(StoreError::io(&at))? {
+        if name.parse::<Name>().is_err() {
+            groups.push(json!({ "leftover": name }));
+            continue;
+        }
         let group = inspector.group(&at.join(&name));
         groups.push(inspector.said(group, json!({ "group": name })));
     }

@@ -13,7 +13,7 @@ use super::StoreError;
 use super::format::{PAGE, SegKind};
 use super::index::{Memtable, Run, merge, write_run};
 use super::manifest::{LogRef, RunRef};
-use super::segment::{Env, OpenSeg, Recovered, Tagged, read_footer, recover};
+use super::segment::{Env, OpenSeg, Recovered, Tagged, read_footer, recover, reindex};
 
 /// The writer's side of a log.
 #[derive(Debug)]
@@ -84,9 +84,16 @@ impl Log {
         let mut this = Self::new(kind, era);
         let idx = env.idx_dir();
         for meta in &refs.runs {
-            let run = Run::open(env.files.as_ref(), &idx, env.group_id, *meta)?;
-            this.runs.push(Arc::new(run));
+            match Run::open(env.files.as_ref(), &idx, env.group_id, *meta) {
+                Ok(run) => this.runs.push(Arc::new(run)),
+                Err(newer @ StoreError::Newer { .. }) => return Err(newer),
+                Err(error) => {
+                    tracing::warn!(%error, "an index run is lost; it is made again");
+                    this.rebuild(env, &refs, meta)?;
+                }
+            }
         }
+        let refs = LogRef { runs: this.runs.iter().map(|r| r.meta).collect(), ..refs };
         let (mut points, mut incarnations, mut failure) = (Vec::new(), Vec::new(), None);
         for meta in &refs.segs {
             if meta.sealed.is_some() {
@@ -107,6 +114,20 @@ impl Log {
         }
         this.refs = refs;
         Ok(Opened { log: this, points, incarnations, failure })
+    }
+
+    /// Makes a lost run again from its segments, one run for each.
+    fn rebuild(&mut self, env: &Env, refs: &LogRef, lost: &RunRef) -> Result<(), StoreError> {
+        let dir = env.idx_dir();
+        let sealed = refs.segs.iter().filter_map(|s| Some((s, s.sealed?)));
+        for (seg, end) in sealed.filter(|(s, end)| s.from >= lost.lo && end.to <= lost.hi) {
+            let memtable = reindex(env, *seg, self.kind, self.era)?;
+            let (lo, hi) = (seg.from, end.to);
+            let meta = RunRef { id: env.take_id(), level: 0, lo, hi, entries: 0, bytes: 0 };
+            let run = write_run(env.files.as_ref(), &dir, env.group_id, meta, &memtable)?;
+            self.runs.push(Arc::new(run));
+        }
+        env.files.sync_dir(&dir).map_err(StoreError::io(&dir))
     }
 
     /// Exclusive end of what is in it; `start` if nothing is.

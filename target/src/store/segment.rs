@@ -377,6 +377,24 @@ pub(crate) fn recover(
     Ok(Recovered { seg, incarnations: scan.incarnations, failure })
 }
 
+/// Indexes a sealed segment again, when its run is lost.
+pub(crate) fn reindex(
+    env: &Env,
+    meta: SegRef,
+    kind: SegKind,
+    era: u32,
+) -> Result<Arc<Memtable>, StoreError> {
+    let path = env.seg_dir().join(meta.name());
+    let raw = env.files.open(&path, Open::Read).map_err(StoreError::io(&path))?;
+    let end = meta.sealed.map_or(0, |s| s.end_frames);
+    let mut seg = OpenSeg::over(env, meta, kind, era, path, raw);
+    Scan::default().run(env, &mut seg, end);
+    if seg.end != end {
+        return Err(StoreError::damaged(&seg.path, format!("the frame at byte {}", seg.end)));
+    }
+    Ok(seg.memtable)
+}
+
 #[derive(Debug, Default)]
 struct Scan {
     last_label: Option<u64>,

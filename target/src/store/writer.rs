@@ -119,6 +119,14 @@ impl Writer {
             this.base = Some(Base::open(&env, meta)?);
         }
         this.open_seed(&env);
+        let refs = |e: &EraLogs| (e.stream.refs.clone(), e.copy.refs.clone());
+        let mut manifest = this.manifest.clone();
+        for (era, logs) in manifest.eras.iter_mut().zip(&this.eras) {
+            (era.stream, era.copy) = refs(logs);
+        }
+        if manifest != this.manifest {
+            this.commit(&env, manifest)?;
+        }
         Ok((Arc::new(env), this, points))
     }
 

@@ -9,7 +9,7 @@ use blockfilter::engine::record::{SimFiles, Sweep, for_each_crash};
 use blockfilter::names::{Lsn, Name};
 
 use super::super::format::REGION;
-use super::super::{FrameBuf, Store};
+use super::super::{FrameBuf, Store, inspect};
 use super::model::{Source, TestClock, bytes_of, create, dir, name, reopen};
 
 /// Positions and what was acknowledged there.
@@ -28,6 +28,10 @@ impl<T: Copy> Acks<T> {
 
 fn open(sim: SimFiles) -> Store {
     let files: Arc<dyn Files> = Arc::new(sim);
+    // I18: what the manifest names is there, before anything is made again.
+    let clock = Arc::new(TestClock::default());
+    let told = inspect(Arc::clone(&files), dir(), clock, false).unwrap();
+    assert_eq!(told["damaged"], 0, "{told}");
     let store = Store::open(files, dir(), Arc::new(TestClock::default())).unwrap();
     assert!(store.unreadable().is_empty(), "{:?}", store.unreadable());
     store

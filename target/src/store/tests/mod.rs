@@ -463,3 +463,33 @@ fn any_other_failure_is_final_and_old_points_stay_readable() {
         source.check(&group);
     }
 }
+
+#[test]
+fn a_lost_index_is_made_again_from_the_segments() {
+    let (sim, files) = sim();
+    let mut source = Source::new(12);
+    let (store, group) = create(&files);
+    source.seed(&group);
+    group.set_roll_bytes(1);
+    for _ in 0..40 {
+        group.append_epoch(&source.epoch(1, 3, None)).unwrap();
+    }
+    while store.maintain().unwrap() {}
+    source.seed(&group);
+    drop((group, store));
+    let idx = dir().join("groups/g/idx");
+    for (i, file) in sim.list(&idx).unwrap().iter().enumerate() {
+        match i % 2 {
+            0 => sim.remove(&idx.join(file)).unwrap(),
+            _ => sim.flip(&idx.join(file), 20, 1),
+        }
+    }
+    for _ in 0..2 {
+        let (store, group) = reopen(&files);
+        assert_eq!(group.state().failed, None);
+        source.check(&group);
+        while store.maintain().unwrap() {}
+    }
+    let (_store, group) = reopen(&files);
+    source.check(&group);
+}
