@@ -11,11 +11,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use blockfilter::block::{Errno, Extent, ZeroFlags};
+use blockfilter::block::{Errno, Export, ExportInfo, Extent, ZeroFlags};
 use blockfilter::engine::real::RealClock;
 use blockfilter::nbd::client::{Client, ClientConfig, ClientError, Op};
-use blockfilter::nbd::listen::Address;
-use blockfilter::nbd::server::ServerConfig;
+use blockfilter::nbd::file::FileExport;
+use blockfilter::nbd::listen::{Address, Listener};
+use blockfilter::nbd::server::{FixedExports, ServerConfig, ServerHandle};
 use common::{Served, noise};
 
 fn connect(config: ClientConfig) -> Result<Client, ClientError> {
@@ -247,4 +248,50 @@ fn nbdkit_is_read_with_its_holes_and_errors() {
     assert_eq!(at, size);
     let results: Vec<_> = (0..64).map(|i| client.read(i << 20, &mut [0; 4096])).collect();
     assert!(results.contains(&Ok(())) && results.contains(&Err(Errno::Io)));
+}
+
+/// An export that asks for whole sectors of those who ask it.
+#[derive(Debug)]
+struct Sectors(FileExport);
+
+impl Export for Sectors {
+    fn info(&self) -> ExportInfo {
+        ExportInfo { block_min: 512, ..self.0.info() }
+    }
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Errno> {
+        self.0.read(offset, buf)
+    }
+    fn write(&self, offset: u64, data: &[u8], fua: bool) -> Result<(), Errno> {
+        self.0.write(offset, data, fua)
+    }
+    fn zero(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<(), Errno> {
+        self.0.zero(offset, len, flags)
+    }
+    fn trim(&self, offset: u64, len: u64, fua: bool) -> Result<(), Errno> {
+        self.0.trim(offset, len, fua)
+    }
+    fn flush(&self) -> Result<(), Errno> {
+        self.0.flush()
+    }
+    fn extents(&self, offset: u64, len: u64, max: usize) -> Result<Vec<Extent>, Errno> {
+        self.0.extents(offset, len, max)
+    }
+}
+
+#[test]
+fn bytes_can_be_read_and_written_where_sectors_are_preferred() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("disk"), [0; 4096]).unwrap();
+    let export = Sectors(FileExport::open(&dir.path().join("disk"), false).unwrap());
+    let exports = Arc::new(FixedExports(vec![("disk".to_owned(), Arc::new(export))]));
+    let address = Address::Unix(dir.path().join("s"));
+    let listeners = vec![Listener::bind(&address).unwrap()];
+    let clock = Arc::new(RealClock::new());
+    let _server = ServerHandle::start(listeners, ServerConfig::default(), exports, clock).unwrap();
+    let client = connect(ClientConfig::new(address, "disk")).unwrap();
+    assert_eq!(client.info().block_min, 1);
+    client.write(13, b"byte", false).unwrap();
+    let mut back = [0; 4];
+    client.read(13, &mut back).unwrap();
+    assert_eq!(&back, b"byte");
 }

@@ -105,7 +105,7 @@ pub struct RemoteInfo {
     pub size: u64,
     /// Transmission flags ([`super::proto::flag`]).
     pub flags: u16,
-    /// Smallest request in bytes.
+    /// Smallest request in bytes: 1, unless the server insists on more.
     pub block_min: u32,
     /// Preferred request in bytes.
     pub block_preferred: u32,

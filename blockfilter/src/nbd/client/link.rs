@@ -185,8 +185,8 @@ fn negotiate(stream: &mut Stream, export: &str) -> Result<RemoteInfo, Failure> {
         }
     }
     let mut data = named(export);
-    data.put16(1);
-    data.put16(info::BLOCK_SIZE);
+    // Whoever asks for block sizes must keep to them; files are read by the byte.
+    data.put16(0);
     send_option(stream, opt::GO, &data)?;
     let mut remote = RemoteInfo {
         size: 0,
