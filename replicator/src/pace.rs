@@ -3,16 +3,29 @@
 //! Owns back-off and rate measurement. Time and randomness are arguments.
 
 /// Waits of 1, 2, 4, 8 … 60 s with jitter, back to 1 s after a session that held.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Backoff {
     failures: u32,
+    step_us: u64,
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self::new(STEP_US)
+    }
 }
 
 impl Backoff {
+    /// With a first wait of up to `step_us` instead of a second.
+    pub const fn new(step_us: u64) -> Self {
+        Self { failures: 0, step_us }
+    }
+
     /// A try failed; the wait before the next, microseconds: between half and
     /// all of the step, chosen by `random`.
     pub fn failed(&mut self, random: u64) -> u64 {
-        let step = STEP_US.saturating_mul(1 << self.failures.min(10)).min(LIMIT_US);
+        let limit = self.step_us.saturating_mul(LIMIT_STEPS);
+        let step = self.step_us.saturating_mul(1 << self.failures.min(10)).min(limit);
         self.failures = self.failures.saturating_add(1);
         step / 2 + random % (step / 2 + 1)
     }
@@ -59,7 +72,8 @@ impl Meter {
 }
 
 const STEP_US: u64 = 1_000_000;
-const LIMIT_US: u64 = 60_000_000;
+/// Longest wait, in first steps.
+const LIMIT_STEPS: u64 = 60;
 const WINDOW_US: u64 = 500_000;
 
 #[cfg(test)]
@@ -73,7 +87,7 @@ mod tests {
         assert!(waits.windows(2).all(|w| w[0] <= w[1] || w[1] >= 30), "{waits:?}");
         for _ in 0..100 {
             let wait = backoff.failed(7);
-            assert!((LIMIT_US / 2..=LIMIT_US).contains(&wait));
+            assert!((30_000_000..=60_000_000).contains(&wait));
         }
         backoff.worked();
         assert!(backoff.failed(12_345) <= STEP_US);

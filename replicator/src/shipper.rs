@@ -103,6 +103,7 @@ pub fn run(
         source,
         clock: clock.clone(),
         shown,
+        retry_us: RETRY_US,
     };
     shipper.run(stop);
     Ok(())
@@ -123,12 +124,14 @@ pub struct Shipper {
     pub clock: Arc<dyn Clock>,
     /// Where status is told.
     pub shown: Shown,
+    /// First wait after a failure ([`RETRY_US`]); later ones are longer.
+    pub retry_us: u64,
 }
 
 impl Shipper {
     /// Session after session until `stop`.
     pub fn run(&self, stop: &AtomicBool) {
-        let mut backoff = Backoff::default();
+        let mut backoff = Backoff::new(self.retry_us);
         let random = ring::rand::SystemRandom::new();
         let mut damaged = 0;
         for turn in 0_usize.. {
@@ -234,6 +237,8 @@ impl Shipper {
     }
 }
 
+/// First wait after a failure, microseconds.
+pub const RETRY_US: u64 = 1_000_000;
 const CONNECT_MAX: Duration = Duration::from_secs(10);
 /// A session that lived this long was a success.
 const HELD_US: u64 = 5_000_000;

@@ -1,0 +1,400 @@
+//! Source and target over TLS on this machine, with the real store: seeding a
+//! disk in use, following it, cutting the line anywhere, refusing strangers.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use blockfilter::block::Export;
+use blockfilter::config::{DiskConfig, GroupConfig};
+use blockfilter::control::Mode;
+use blockfilter::engine::Clock;
+use blockfilter::engine::real::{RealClock, RealFiles};
+use blockfilter::names::{Lsn, Name};
+use replicator::enroll::{RpcClient, RpcError, join, pki_dir};
+use replicator::identity::{Authority, Role, client_tls};
+use replicator::session::{ErrorCode, Rpc, RpcReply};
+use replicator::shipper::Shipper;
+use replicator::status::{Shown, State};
+use replicator::token::{TokenOrder, Tokens};
+use target::points::PointQuery;
+use target::server::{ReplicaState, ServerConfig, TargetHandle, start};
+use target::store::Store;
+use uuid::Uuid;
+
+mod source;
+
+use source::MemSource;
+
+struct Site {
+    dir: tempfile::TempDir,
+    clock: Arc<dyn Clock>,
+    store: Arc<Store>,
+    handle: TargetHandle,
+}
+
+impl Site {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let clock: Arc<dyn Clock> = Arc::new(RealClock::new());
+        let files = Arc::new(RealFiles);
+        let t = dir.path().join("t");
+        Authority::create(&RealFiles, &t.join("pki"), &[], clock.wall_us()).unwrap();
+        let store = Arc::new(Store::create(files.clone(), &t, clock.clone()).unwrap());
+        let config = ServerConfig {
+            listen: "127.0.0.1:0".into(),
+            pki: t.join("pki"),
+            tokens: t.join("tokens"),
+        };
+        let handle = start(store.clone(), files, clock.clone(), &config).unwrap();
+        Self { dir, clock, store, handle }
+    }
+
+    fn token(&self, ttl_seconds: u64) -> String {
+        let t = self.dir.path().join("t");
+        let authority = Authority::load(&RealFiles, &t.join("pki")).unwrap();
+        let order = TokenOrder {
+            ca_sha256: authority.ca_sha256().to_owned(),
+            addrs: vec![self.handle.local_addr().to_string()],
+            role: Role::Agent,
+            ttl_seconds,
+            reusable: false,
+        };
+        let random = ring::rand::SystemRandom::new();
+        let tokens = Tokens::new(&t.join("tokens"));
+        tokens.create(&RealFiles, &random, &order, self.clock.wall_us()).unwrap().encode()
+    }
+
+    fn agent(&self, name: &str) -> PathBuf {
+        let dir = self.dir.path().join(name);
+        join(&RealFiles, &self.clock, &dir, &self.token(60), name).unwrap();
+        dir
+    }
+
+    fn shipper(&self, agent: &Path, source: &MemSource, target: SocketAddr) -> Shipper {
+        Shipper {
+            group: group(source),
+            targets: vec![target.to_string()],
+            tls: client_tls(&RealFiles, &pki_dir(agent)).unwrap(),
+            source: Arc::new(source.clone()),
+            clock: self.clock.clone(),
+            shown: Shown::default(),
+            retry_us: 5_000,
+        }
+    }
+
+    fn state(&self) -> Option<ReplicaState> {
+        self.handle.status().first().map(|s| s.state)
+    }
+
+    fn until(&self, what: &str, mut done: impl FnMut() -> bool) {
+        let deadline = self.clock.mono_us() + 60_000_000;
+        while !done() {
+            let status = self.handle.status();
+            assert!(self.clock.mono_us() < deadline, "timed out: {what}; {status:?}");
+            thread::park_timeout(Duration::from_millis(2));
+        }
+    }
+
+    fn until_holds(&self, lsn: Lsn) {
+        self.until("the target holds everything", || {
+            self.handle.status().first().is_some_and(|s| {
+                s.state == ReplicaState::Consistent && s.recoverable.is_some_and(|r| r >= lsn)
+            })
+        });
+    }
+
+    /// Every usable point is exactly what the source had there.
+    fn check_points(&self, source: &MemSource, at_most: usize) -> usize {
+        let store = self.store.group(&name("g")).unwrap();
+        let points = store.points(PointQuery { since_us: None, tagged: false, limit: None });
+        let usable: Vec<_> = points.iter().filter(|p| p.usable).collect();
+        let step = usable.len().div_ceil(at_most).max(1);
+        for point in usable.iter().step_by(step) {
+            let expected = source.at(point.lsn.0);
+            for (disk, expected) in expected.iter().enumerate() {
+                let view = store.view(disk as u8, point).unwrap();
+                let mut found = vec![1; expected.len()];
+                view.read(0, &mut found).unwrap();
+                let differs = found.iter().zip(expected).position(|(a, b)| a != b);
+                assert_eq!(differs, None, "disk {disk} at point {}", point.id());
+            }
+        }
+        usable.len()
+    }
+}
+
+fn name(text: &str) -> Name {
+    text.parse().unwrap()
+}
+
+fn group(source: &MemSource) -> GroupConfig {
+    let state = source.lock();
+    let disks = state.disks.iter().enumerate().map(|(i, d)| DiskConfig {
+        disk: name(&format!("d{i}")),
+        path: "/nowhere".into(),
+        uuid: Uuid::from_u128(i as u128 + 1),
+        size_bytes: d.len() as u64,
+    });
+    GroupConfig {
+        group: name("g"),
+        uuid: Uuid::from_u128(0x0102_0304_0506_0708_0910),
+        disks: disks.collect(),
+        journal: "/nowhere".into(),
+        journal_bytes: 1 << 30,
+        chunk_bytes: 1 << 40,
+        arena_bytes: 1 << 30,
+        nbd_tcp: None,
+        fuse: None,
+    }
+}
+
+/// Noise that does not repeat.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+    fn below(&mut self, limit: usize) -> usize {
+        (self.next() % limit as u64) as usize
+    }
+}
+
+fn disks() -> Vec<Vec<u8>> {
+    let mut random = Random(7);
+    let mut big = vec![0; 6 << 20];
+    for block in big.chunks_mut(4096).step_by(3) {
+        block.fill(random.next() as u8 | 1);
+    }
+    vec![big, vec![9; 64 << 10]]
+}
+
+fn scribble(source: &MemSource, random: &mut Random, count: usize) {
+    for _ in 0..count {
+        let disk = random.below(2);
+        let size = source.lock().disks[disk].len();
+        let len = 512 * (1 + random.below(16));
+        let offset = random.below((size - len) / 512) * 512;
+        source.write(disk, offset, &vec![random.next() as u8; len]);
+    }
+}
+
+/// Runs a shipper beside `act`.
+fn shipping<T>(shipper: &Shipper, act: impl FnOnce() -> T) -> T {
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| shipper.run(&stop));
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(act));
+        stop.store(true, Ordering::SeqCst);
+        result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+#[test]
+fn a_disk_in_use_is_seeded_and_every_point_is_a_prefix() {
+    let site = Site::new();
+    let source = MemSource::new(disks());
+    let agent = site.agent("a");
+    let shipper = site.shipper(&agent, &source, site.handle.local_addr());
+    shipping(&shipper, || {
+        let mut random = Random(1);
+        site.until("seeding", || {
+            scribble(&source, &mut random, 3);
+            site.state() == Some(ReplicaState::Consistent)
+        });
+        for _ in 0..20 {
+            scribble(&source, &mut random, 20);
+            site.until_holds(source.durable());
+        }
+        let marked = source.mark("before-update");
+        site.until_holds(Lsn(marked));
+        let status = shipper.shown.get(site.clock.mono_us());
+        assert_eq!(status.state, State::Streaming);
+        assert!(status.connected && status.consistent, "{status:?}");
+        site.until("rpo of an idle disk is small", || {
+            site.handle.status()[0].rpo_seconds.is_some_and(|rpo| rpo < 1.0)
+        });
+        site.until("the floor is told", || source.lock().positions.ship_floor == source.durable());
+        assert!(site.store.group(&name("g")).unwrap().has_tag(&name("before-update")));
+        assert_eq!(source.lock().seeds, 1);
+    });
+    assert!(site.check_points(&source, 40) >= 20);
+}
+
+#[test]
+fn a_line_cut_at_any_byte_makes_no_gap_and_no_repeat() {
+    let seed = std::env::var("SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(42);
+    eprintln!("SEED={seed}");
+    let site = Site::new();
+    let source = MemSource::new(disks());
+    let agent = site.agent("a");
+    let relay = Relay::start(site.handle.local_addr());
+    let shipper = site.shipper(&agent, &source, relay.addr);
+    let mut random = Random(seed);
+    shipping(&shipper, || {
+        let mut cuts = 0;
+        while cuts < 25 {
+            relay.cut_after(random.below(1 << 20) as u64);
+            site.until("the line is cut", || {
+                scribble(&source, &mut random, 4);
+                relay.budget.load(Ordering::SeqCst) == 0
+            });
+            cuts += 1;
+        }
+        relay.cut_after(u64::MAX);
+        scribble(&source, &mut random, 20);
+        site.until_holds(source.durable());
+    });
+    assert_eq!(source.lock().seeds, 1, "a cut must not start the copy again");
+    assert!(site.check_points(&source, 60) > 1);
+}
+
+#[test]
+fn a_frozen_group_is_seeded_again_and_old_points_stay() {
+    let site = Site::new();
+    let source = MemSource::new(disks());
+    let agent = site.agent("a");
+    let shipper = site.shipper(&agent, &source, site.handle.local_addr());
+    let mut random = Random(3);
+    shipping(&shipper, || {
+        site.until("seeding", || site.state() == Some(ReplicaState::Consistent));
+        scribble(&source, &mut random, 50);
+        site.until_holds(source.durable());
+    });
+    let before = site.check_points(&source, 20);
+    scribble(&source, &mut random, 50);
+    {
+        let mut state = source.lock();
+        state.positions.mode = Mode::Frozen;
+        state.kept_from = state.positions.durable.0;
+    }
+    scribble(&source, &mut random, 50);
+    shipping(&shipper, || site.until_holds(source.durable()));
+    assert_eq!(source.lock().seeds, 2);
+    assert!(site.check_points(&source, 40) > before);
+}
+
+#[test]
+fn a_restarted_source_goes_on_and_one_that_forgot_is_never_merged() {
+    let site = Site::new();
+    let source = MemSource::new(disks());
+    let agent = site.agent("a");
+    let shipper = site.shipper(&agent, &source, site.handle.local_addr());
+    let mut random = Random(4);
+    shipping(&shipper, || {
+        site.until("seeding", || site.state() == Some(ReplicaState::Consistent));
+        scribble(&source, &mut random, 50);
+        site.until_holds(source.durable());
+    });
+    {
+        let mut state = source.lock();
+        let end = (state.positions.incarnation, state.positions.durable);
+        state.positions.history.push(end);
+        state.positions.incarnation += 1;
+    }
+    scribble(&source, &mut random, 10);
+    shipping(&shipper, || site.until_holds(source.durable()));
+    site.check_points(&source, 20);
+    let held = site.handle.status()[0].last;
+    {
+        // The disk lied: the last writes are gone.
+        let mut state = source.lock();
+        let end = state.written[state.written.len() - 5].end;
+        state.positions.history.push((2, Lsn(end)));
+        state.positions.incarnation += 1;
+        (state.positions.durable, state.positions.admitted) = (Lsn(end), Lsn(end));
+    }
+    shipping(&shipper, || {
+        site.until("divergence is seen", || site.state() == Some(ReplicaState::Diverged));
+        site.until("it is told", || {
+            shipper.shown.get(site.clock.mono_us()).state == State::Diverged
+        });
+    });
+    assert_eq!(site.handle.status()[0].last, held);
+}
+
+#[test]
+fn a_token_admits_one_machine_and_strangers_get_nothing() {
+    let site = Site::new();
+    let (a, b) = (site.dir.path().join("a"), site.dir.path().join("b"));
+    let token = site.token(60);
+    let joined = join(&RealFiles, &site.clock, &a, &token, "Host A").unwrap();
+    assert!(joined.agent.starts_with("hosta-"), "{}", joined.agent);
+    let again = join(&RealFiles, &site.clock, &a, &token, "Host A");
+    assert!(matches!(again, Err(RpcError::Joined(_))));
+    let used = join(&RealFiles, &site.clock, &b, &token, "b").unwrap_err();
+    assert_eq!(used.code(), Some(ErrorCode::Token));
+    // Interrupted before the certificate was stored: the same token completes it.
+    std::fs::remove_file(a.join("agent.json")).unwrap();
+    assert_eq!(join(&RealFiles, &site.clock, &a, &token, "x").unwrap().agent, joined.agent);
+
+    let other = site.agent("other");
+    let source = MemSource::new(disks());
+    let shipper = site.shipper(&a, &source, site.handle.local_addr());
+    shipping(&shipper, || site.until("there", || site.state().is_some()));
+    let stranger = site.shipper(&other, &source, site.handle.local_addr());
+    shipping(&stranger, || {
+        site.until("refused", || stranger.shown.get(0).state == State::Refused);
+    });
+    let config = replicator::enroll::AgentConfig::load(&RealFiles, &other).unwrap().unwrap();
+    let mut client = RpcClient::connect(&RealFiles, &site.clock, &other, &config).unwrap();
+    let check = Rpc::CheckGroup { group: name("g"), uuid: None };
+    assert_eq!(client.ask(&check).unwrap_err().code(), Some(ErrorCode::NameTaken));
+    let free = Rpc::CheckGroup { group: name("free"), uuid: None };
+    assert_eq!(client.ask(&free).unwrap(), RpcReply::Group { exists: false });
+}
+
+/// Forwards connections; after `budget` bytes it cuts them.
+struct Relay {
+    addr: SocketAddr,
+    budget: Arc<AtomicU64>,
+}
+
+impl Relay {
+    fn start(to: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = listener.local_addr().unwrap();
+        let budget = Arc::new(AtomicU64::new(u64::MAX));
+        let shared = budget.clone();
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let Ok(server) = TcpStream::connect(to) else { continue };
+                for (from, to) in [(&client, &server), (&server, &client)] {
+                    let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                    let budget = shared.clone();
+                    thread::spawn(move || forward(from, to, &budget));
+                }
+            }
+        });
+        Self { addr, budget }
+    }
+
+    fn cut_after(&self, bytes: u64) {
+        self.budget.store(bytes.max(1), Ordering::SeqCst);
+    }
+}
+
+fn forward(mut from: TcpStream, mut to: TcpStream, budget: &AtomicU64) {
+    let mut buf = [0; 16 << 10];
+    while let Ok(count @ 1..) = from.read(&mut buf) {
+        let mut allowed = count as u64;
+        let took = budget.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| {
+            allowed = left.min(count as u64);
+            Some(if left == u64::MAX { left } else { left - allowed })
+        });
+        let _ = took;
+        if to.write_all(&buf[..allowed as usize]).is_err() || allowed < count as u64 {
+            break;
+        }
+    }
+    let _ = from.shutdown(Shutdown::Both);
+    let _ = to.shutdown(Shutdown::Both);
+}

@@ -1,0 +1,207 @@
+//! A filter in memory: disks, durable batches, positions.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use blockfilter::block::Extent;
+use blockfilter::control::{Mode, Positions};
+use blockfilter::journal::format::{BATCH_FLUSH, BATCH_MARK, BatchHdr, RecDesc, RecOp};
+use blockfilter::journal::reader::ReadError;
+use blockfilter::names::Lsn;
+use replicator::epoch::Batch;
+use replicator::source::{Control, DiskSource, Journal, Source};
+use zerocopy::IntoBytes;
+
+#[derive(Debug)]
+pub struct Written {
+    pub end: u64,
+    pub disk: usize,
+    pub offset: usize,
+    pub data: Vec<u8>,
+}
+
+#[derive(Debug)]
+pub struct State {
+    pub initial: Vec<Vec<u8>>,
+    pub disks: Vec<Vec<u8>>,
+    pub batches: Vec<Batch>,
+    pub written: Vec<Written>,
+    pub positions: Positions,
+    /// Batches below are no longer in the journal.
+    pub kept_from: u64,
+    pub seeds: u32,
+}
+
+#[derive(Clone, Debug)]
+pub struct MemSource(Arc<Mutex<State>>);
+
+impl MemSource {
+    pub fn new(disks: Vec<Vec<u8>>) -> Self {
+        let positions = Positions {
+            admitted: Lsn(4096),
+            durable: Lsn(4096),
+            incarnation: 1,
+            generation: 1,
+            ..Default::default()
+        };
+        Self(Arc::new(Mutex::new(State {
+            initial: disks.clone(),
+            disks,
+            batches: Vec::new(),
+            written: Vec::new(),
+            positions,
+            kept_from: 4096,
+            seeds: 0,
+        })))
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap()
+    }
+
+    pub fn write(&self, disk: usize, offset: usize, data: &[u8]) -> u64 {
+        let mut state = self.lock();
+        let desc = RecDesc {
+            op: RecOp::Write as u8,
+            disk: disk as u8,
+            offset: (offset as u64).into(),
+            len: (data.len() as u32).into(),
+            payload_off: 4096.into(),
+            crc: crc32c::crc32c(data).into(),
+            ..Default::default()
+        };
+        let end = state.push(desc, data, BATCH_FLUSH);
+        state.disks[disk][offset..offset + data.len()].copy_from_slice(data);
+        state.written.push(Written { end, disk, offset, data: data.to_vec() });
+        end
+    }
+
+    pub fn mark(&self, tag: &str) -> u64 {
+        let desc = RecDesc {
+            op: RecOp::Mark as u8,
+            len: (tag.len() as u32).into(),
+            payload_off: 4096.into(),
+            crc: crc32c::crc32c(tag.as_bytes()).into(),
+            ..Default::default()
+        };
+        self.lock().push(desc, tag.as_bytes(), BATCH_MARK)
+    }
+
+    /// The disks after everything below `lsn`.
+    pub fn at(&self, lsn: u64) -> Vec<Vec<u8>> {
+        let state = self.lock();
+        let mut disks = state.initial.clone();
+        for w in state.written.iter().filter(|w| w.end <= lsn) {
+            disks[w.disk][w.offset..w.offset + w.data.len()].copy_from_slice(&w.data);
+        }
+        disks
+    }
+
+    pub fn durable(&self) -> Lsn {
+        self.lock().positions.durable
+    }
+}
+
+impl State {
+    fn push(&mut self, mut desc: RecDesc, payload: &[u8], flags: u8) -> u64 {
+        let lsn = self.positions.durable.0;
+        desc.lsn = lsn.into();
+        let total = 4096 + payload.len().next_multiple_of(4096);
+        let hdr = BatchHdr {
+            flags,
+            n_rec: 1.into(),
+            incarnation: self.positions.incarnation.into(),
+            generation: self.positions.generation.into(),
+            lsn: lsn.into(),
+            total_len: (total as u32).into(),
+            wall_us: (1_790_000_000_000_000 + lsn).into(),
+            mono_us: lsn.into(),
+            ..Default::default()
+        };
+        let mut data = vec![0; total];
+        data[..128].copy_from_slice(hdr.as_bytes());
+        data[128..168].copy_from_slice(desc.as_bytes());
+        data[4096..4096 + payload.len()].copy_from_slice(payload);
+        self.batches.push(Batch { hdr, data: Arc::new(data), bytes: 0..total });
+        let end = lsn + total as u64;
+        (self.positions.durable, self.positions.admitted) = (Lsn(end), Lsn(end));
+        end
+    }
+}
+
+impl Source for MemSource {
+    fn control(&self) -> io::Result<Box<dyn Control>> {
+        Ok(Box::new(self.clone()))
+    }
+    fn journal(&self) -> Result<Box<dyn Journal>, ReadError> {
+        Ok(Box::new(self.clone()))
+    }
+    fn disks(&self) -> io::Result<Box<dyn DiskSource>> {
+        Ok(Box::new(self.clone()))
+    }
+}
+
+impl Control for MemSource {
+    fn wait(&mut self, after: Option<Lsn>, timeout: Duration) -> io::Result<Positions> {
+        let limit = timeout.as_millis() / 2;
+        for _ in 0..limit {
+            let positions = self.lock().positions.clone();
+            if after.is_some_and(|lsn| positions.durable > lsn) {
+                return Ok(positions);
+            }
+            std::thread::park_timeout(Duration::from_millis(2));
+        }
+        Ok(self.lock().positions.clone())
+    }
+
+    fn begin_seed(&mut self) -> io::Result<Lsn> {
+        let mut state = self.lock();
+        state.positions.mode = Mode::Shipping;
+        state.positions.ship_floor = state.positions.durable;
+        state.seeds += 1;
+        Ok(state.positions.durable)
+    }
+
+    fn ship_floor(&mut self, lsn: Lsn) -> io::Result<Positions> {
+        let mut state = self.lock();
+        assert!(lsn <= state.positions.durable, "the target holds what is not durable");
+        state.positions.ship_floor = state.positions.ship_floor.max(lsn);
+        Ok(state.positions.clone())
+    }
+}
+
+impl Journal for MemSource {
+    fn read(
+        &mut self,
+        from: Lsn,
+        durable: Lsn,
+        max: usize,
+    ) -> Result<(Vec<Batch>, Lsn), ReadError> {
+        let state = self.lock();
+        if from < durable && from.0 < state.kept_from {
+            return Err(ReadError::Gone(from));
+        }
+        let (mut batches, mut bytes, mut next) = (Vec::new(), 0, from);
+        let first = state.batches.partition_point(|b| b.hdr.lsn.get() < from.0);
+        for batch in &state.batches[first..] {
+            if batch.hdr.lsn.get() >= durable.0 || bytes >= max {
+                break;
+            }
+            bytes += batch.bytes.len();
+            next = Lsn(batch.hdr.lsn.get() + u64::from(batch.hdr.total_len.get()));
+            batches.push(batch.clone());
+        }
+        Ok((batches, next))
+    }
+}
+
+impl DiskSource for MemSource {
+    fn read(&mut self, disk: usize, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        buf.copy_from_slice(&self.lock().disks[disk][offset as usize..][..buf.len()]);
+        Ok(())
+    }
+    fn extents(&mut self, _: usize, _: u64, len: u64) -> io::Result<Vec<Extent>> {
+        Ok(vec![Extent { len, hole: false, zero: false }])
+    }
+}
