@@ -350,9 +350,9 @@ fn agree(source: &Positions, incarnation: u64, last: Lsn) -> Result<(), String> 
     }
 }
 
-/// A group's short id in frames: the first 8 bytes of its id, little endian.
+/// A group's short id in frames: the first half of its id, as a number.
 pub fn group_id(uuid: &Uuid) -> u64 {
-    uuid.as_u64_pair().0.swap_bytes()
+    uuid.as_u64_pair().0
 }
 
 /// Longest time between two heartbeats, microseconds.

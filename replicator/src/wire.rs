@@ -63,7 +63,7 @@ pub struct FrameHdr {
     pub body_crc: U32,
     /// Number of descriptors.
     pub n_rec: U32,
-    /// First 8 bytes of the group's id.
+    /// First half of the group's id ([`crate::session::group_id`]).
     pub group_id: U64,
     /// The writer's generation.
     pub generation: U64,

@@ -92,7 +92,7 @@ impl Site {
     }
 
     fn until(&self, what: &str, mut done: impl FnMut() -> bool) {
-        let deadline = self.clock.mono_us() + 60_000_000;
+        let deadline = self.clock.mono_us() + 15_000_000;
         while !done() {
             let status = self.handle.status();
             assert!(self.clock.mono_us() < deadline, "timed out: {what}; {status:?}");
@@ -189,6 +189,15 @@ fn scribble(source: &MemSource, random: &mut Random, count: usize) {
 
 /// Runs a shipper beside `act`.
 fn shipping<T>(shipper: &Shipper, act: impl FnOnce() -> T) -> T {
+    let shown = shipper.shown.clone();
+    let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| shipping_(shipper, act)));
+    told.unwrap_or_else(|panic| {
+        eprintln!("the shipper: {:?}", shown.get(0));
+        std::panic::resume_unwind(panic)
+    })
+}
+
+fn shipping_<T>(shipper: &Shipper, act: impl FnOnce() -> T) -> T {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| shipper.run(&stop));
