@@ -313,9 +313,11 @@ impl PointSet {
     }
 }
 
-/// The label of a point: the source's clock, never back by 5 minutes or less.
+/// The label of a point: the source's clock, never back by 5 minutes or less. An
+/// epoch of padding only may bring no time (0); it takes that of the point before.
 pub(crate) fn label(wall_us: u64, last: Option<u64>) -> u64 {
     match last {
+        Some(last) if wall_us == 0 => last,
         Some(last) if wall_us < last && last - wall_us <= CLAMP_US => last,
         _ => wall_us,
     }
@@ -384,6 +386,7 @@ mod tests {
     #[test]
     fn small_steps_back_of_the_clock_are_clamped_and_large_ones_followed() {
         assert_eq!(label(5, None), 5);
+        assert_eq!(label(0, Some(1 << 50)), 1 << 50);
         assert_eq!(label(1_000_000_000, Some(1_000_000_001)), 1_000_000_001);
         assert_eq!(label(1_000_000_000, Some(1_000_000_000 + CLAMP_US + 1)), 1_000_000_000);
     }
