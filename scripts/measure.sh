@@ -124,6 +124,7 @@ subprocess.run([sf, "sync", "m", "--dir", a, "--timeout", "60s", "-q"], check=Tr
 
 points = json.loads(subprocess.run([sf, "point", "list", "m", "--dir", t, "--json", "--limit", "100000"],
                                    capture_output=True, check=True).stdout)["points"]
+points = [p for p in points if p["usable"]]
 result["points"] = len(points)
 reader = r'''
 import nbd, sys, time
