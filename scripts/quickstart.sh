@@ -49,14 +49,14 @@ install_missing() {
 
 # Without root, FUSE or loop devices everything goes over NBD.
 can_mount() {
-    [ "$(id -u)" -eq 0 ] && [ -c /dev/fuse ] && [ -e /dev/loop-control ] || return 1
+    [ -z "${QS_NBD_ONLY:-}" ] && [ "$(id -u)" -eq 0 ] && [ -c /dev/fuse ] && [ -e /dev/loop-control ] || return 1
     local device
     device=$(losetup -f 2>/dev/null) || return 1
     [ -b "$device" ]
 }
 
 W=$(mktemp -d -t standfast.XXXXXX)
-SF=$PWD/build/release/standfast
+SF=${QS_BINARY:-$PWD/build/release/standfast}
 A=$W/agent
 T=$W/target
 WRITER=
@@ -126,19 +126,19 @@ start_daemons() {
     "$SF" target run --dir "$T" >"$W/target.out" 2>"$W/target.log" &
     TARGET=$!
     wait_ready "$TARGET" "$W/target.out"
-    printf '%s' "$token" | "$SF" join --token-file - --dir "$A" -q
+    printf '%s' "$token" | "$SF" join --token-file - --dir "$A" -q >/dev/null
     "$SF" agent run --dir "$A" >"$W/agent.out" 2>"$W/agent.log" &
     AGENT=$!
     wait_ready "$AGENT" "$W/agent.out"
     note "target listens on $(jq -r .listen <<<"$init"); the agent joined with a one-use token"
 }
 
-# A folder of real files, at most $MIB MiB.
-choose_files() {
-    local limit=$((MIB << 20))
-    find "$SOURCE" -xdev -type f -size -8M -printf '%s %P\0' 2>/dev/null |
-        awk -v RS='\0' -v ORS='\0' -v limit="$limit" \
-            '{ n += $1 + 4096; if (n > limit) exit; sub(/^[0-9]+ /, ""); print }'
+# Copies real files, at most $MIB MiB of them, into a folder.
+copy_files() { # FOLDER
+    find "$SOURCE" -xdev -type f -size -8M -printf '%s\t%P\n' 2>/dev/null |
+        awk -F '\t' -v limit=$((MIB << 20)) 'n + $1 + 4096 <= limit { n += $1 + 4096; print $2 }' >"$W/list"
+    tar -C "$SOURCE" --verbatim-files-from -cf - -T "$W/list" 2>"$W/tar.log" | tar -C "$1" -xf -
+    note "$(wc -l <"$W/list") files"
 }
 
 sums() { # FOLDER: checksum of every file, sorted
@@ -180,12 +180,10 @@ writer() { # FOLDER: keeps writing files until told to stop
 group_json() { "$SF" status demo --dir "$A" --json 2>/dev/null | jq -c '.groups[0]'; }
 
 protect_and_wait() { # OPTIONS…: returns once protected; the seed's numbers are kept
-    local started
-    started=$(now)
     "$SF" protect demo disk="$W/disk.img" --dir "$A" --journal-size 1GiB "$@" --json >"$W/protect.json" 2>"$W/protect.log" ||
         { cat "$W/protect.log" >&2; return 1; }
     note "protected; the disk is $(jq -r '.disks[0].uri' "$W/protect.json")"
-    SEED_STARTED=$started
+    SEED_STARTED=$(now)
 }
 
 watch_seed() {
@@ -297,8 +295,10 @@ with_mounts() {
     mkfs.ext4 -q -b 4096 -E lazy_itable_init=0,lazy_journal_init=0 "$W/disk.img"
     mkdir -p "$W/mnt" "$W/fuse"
     mount -o loop "$W/disk.img" "$W/mnt"
-    choose_files | (cd "$SOURCE" && cpio -0pdm --quiet "$W/mnt" 2>/dev/null || tar --null -T - -cf - 2>/dev/null | tar -xf - -C "$W/mnt")
+    MOUNTS+=("$W/mnt")
+    copy_files "$W/mnt"
     umount "$W/mnt"
+    MOUNTS=()
     note "$(du -h "$W/disk.img" | cut -f1) used of $(du -h --apparent-size "$W/disk.img" | cut -f1)"
 
     start_daemons
@@ -333,7 +333,7 @@ with_mounts() {
 over_nbd() {
     say "No root, FUSE or loop devices: the same over NBD alone"
     mkdir -p "$W/files"
-    choose_files | (cd "$SOURCE" && tar --null -T - -cf - 2>/dev/null | tar -xf - -C "$W/files")
+    copy_files "$W/files"
     truncate -s $((MIB * 2 + 256))M "$W/disk.img"
     mke2fs -q -t ext4 -b 4096 -d "$W/files" "$W/disk.img"
     start_daemons
@@ -412,7 +412,9 @@ result() {
 trap clean_up EXIT
 trap 'exit 130' INT TERM
 install_missing
-say "Building"
-cargo build --release --quiet -p tools
+if [ -z "${QS_BINARY:-}" ]; then
+    say "Building"
+    cargo build --release --quiet -p tools
+fi
 if can_mount; then with_mounts; else over_nbd; fi
 result
