@@ -41,8 +41,6 @@ pub struct GroupConfig {
     pub chunk_bytes: u64,
     /// Size of the arena in bytes: a multiple of the chunk size, at least two chunks.
     pub arena_bytes: u64,
-    /// NBD over TCP besides the Unix socket.
-    pub nbd_tcp: Option<String>,
     /// Folder in which the disks appear as files.
     pub fuse: Option<PathBuf>,
 }

@@ -72,7 +72,6 @@ fn site(dir: &Path, chunks: u64) -> Site {
         journal_bytes: (2 << 20) + (chunks << 20),
         chunk_bytes: 1 << 20,
         arena_bytes: 2 << 20,
-        nbd_tcp: None,
         fuse: None,
     };
     Site { config, clock: Arc::new(TestClock::default()) }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use blockfilter::config::{DiskConfig, GroupConfig, GroupPaths};
 use blockfilter::control::{Client, Reply, Request};
 use blockfilter::engine::real::RealFiles;
-use blockfilter::group::{self, serve::ServeOptions};
+use blockfilter::group;
 use blockfilter::journal;
 use blockfilter::names::Lsn;
 
@@ -45,7 +45,6 @@ fn start(dir: &Path) -> Filter {
         journal_bytes: 34 << 20,
         chunk_bytes: 4 << 20,
         arena_bytes: 8 << 20,
-        nbd_tcp: None,
         fuse: None,
     };
     journal::create(&RealFiles, &config, &mut |_, _| Ok(())).unwrap();
@@ -59,8 +58,7 @@ impl Filter {
         let (config, paths) = (self.config.clone(), self.paths.clone());
         let (ready, is_ready) = std::sync::mpsc::channel();
         self.thread = Some(std::thread::spawn(move || {
-            let options = ServeOptions::default();
-            group::run(&config, &paths, options, || ready.send(()).unwrap()).unwrap();
+            group::run(&config, &paths, || ready.send(()).unwrap()).unwrap();
         }));
         is_ready.recv_timeout(WAIT).unwrap();
     }

@@ -53,7 +53,6 @@ impl FilterOnly {
             journal_bytes: journal_mib << 20,
             chunk_bytes: 1 << 20,
             arena_bytes: 4 << 20,
-            nbd_tcp: None,
             fuse: None,
             group,
         };

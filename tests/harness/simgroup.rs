@@ -184,7 +184,6 @@ pub fn config(id: u128, slots: u64) -> GroupConfig {
         journal_bytes: (2 + slots) << 20,
         chunk_bytes: 1 << 20,
         arena_bytes: 2 << 20,
-        nbd_tcp: None,
         fuse: None,
     }
 }

@@ -12,10 +12,8 @@
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 
 use super::volume::{ReadOutcome, Refusal, Volume};
 use crate::block::{Errno, ExportInfo, Extent, ZeroFlags};
@@ -28,55 +26,11 @@ use crate::nbd::transmission::{
     reply_error, reply_ok,
 };
 
-/// A non-blocking stream socket.
-#[derive(Debug)]
-pub enum Socket {
-    /// Local.
-    Unix(UnixStream),
-    /// TCP.
-    Tcp(TcpStream),
-}
-
-impl Socket {
-    /// The descriptor.
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Unix(s) => s.as_fd(),
-            Self::Tcp(s) => s.as_fd(),
-        }
-    }
-}
-
-impl Read for Socket {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Unix(s) => s.read(buf),
-            Self::Tcp(s) => s.read(buf),
-        }
-    }
-}
-
-impl Write for Socket {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Unix(s) => s.write(buf),
-            Self::Tcp(s) => s.write(buf),
-        }
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// What all connections of a group share.
 #[derive(Debug)]
 pub struct Shared {
     /// Export names, by disk index.
     pub exports: Vec<String>,
-    /// STARTTLS on TCP.
-    pub tls: Option<Arc<rustls::ServerConfig>>,
-    /// Clients on TCP must use it.
-    pub tls_required: bool,
     /// Bytes of unfinished payloads now.
     pub staged: u64,
     /// At most this many (ruling 11).
@@ -102,8 +56,7 @@ pub enum Progress {
 #[derive(Debug)]
 pub struct Conn {
     id: u64,
-    socket: Socket,
-    tls: Option<Box<rustls::ServerConnection>>,
+    socket: UnixStream,
     phase: Phase,
     window: Vec<u8>,
     start: usize,
@@ -148,18 +101,12 @@ struct Waiting {
 
 impl Conn {
     /// Starts the handshake.
-    pub fn new(id: u64, socket: Socket, shared: &Shared, now: u64) -> Self {
-        let tcp = matches!(socket, Socket::Tcp(_));
-        let tls = match (&shared.tls, shared.tls_required) {
-            (Some(_), true) if tcp => TlsMode::Required,
-            (Some(_), false) if tcp => TlsMode::Offered,
-            _ => TlsMode::Off,
-        };
+    pub fn new(id: u64, socket: UnixStream, now: u64) -> Self {
+        let config = HandshakeConfig { tls: TlsMode::Off };
         Self {
             id,
             socket,
-            tls: None,
-            phase: Phase::Handshake(Box::new(Handshake::new(HandshakeConfig { tls }))),
+            phase: Phase::Handshake(Box::new(Handshake::new(config))),
             window: vec![0; WINDOW],
             start: 0,
             end: 0,
@@ -176,12 +123,12 @@ impl Conn {
 
     /// The descriptor to poll.
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.socket.fd()
+        self.socket.as_fd()
     }
 
     /// Answers wait for the socket.
     pub fn has_output(&self) -> bool {
-        self.sent < self.out.len() || self.tls.as_ref().is_some_and(|t| t.wants_write())
+        self.sent < self.out.len()
     }
 
     /// It made no progress for too long in a state that the client must end.
@@ -249,16 +196,8 @@ impl Conn {
             };
             match event {
                 HandshakeEvent::Send(bytes) => self.out.extend_from_slice(&bytes),
-                HandshakeEvent::StartTls => {
-                    let config = shared.tls.clone().ok_or(io::ErrorKind::Unsupported)?;
-                    // The agreement goes out in the clear, alone, at once.
-                    self.socket.write_all(&self.out[self.sent..])?;
-                    self.out.clear();
-                    (self.sent, self.start, self.end) = (0, 0, 0);
-                    let tls = rustls::ServerConnection::new(config).map_err(io::Error::other)?;
-                    self.tls = Some(Box::new(tls));
-                    handshake.tls_started();
-                }
+                // Never offered: the socket is of this machine.
+                HandshakeEvent::StartTls => return Ok(false),
                 HandshakeEvent::ListExports => handshake.listed(shared.exports.iter()),
                 HandshakeEvent::OpenExport { name, .. } => {
                     let name = default_export(&name, &shared.exports);
@@ -620,24 +559,16 @@ impl Conn {
     fn send(&mut self) -> io::Result<usize> {
         let mut total = 0;
         loop {
-            let sent = match &mut self.tls {
-                None => {
-                    if self.sent == self.out.len() {
-                        break;
-                    }
-                    match self.socket.write(&self.out[self.sent..]) {
-                        Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                        Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                        other => other?,
-                    }
-                }
-                Some(tls) => match send_tls(tls, &mut self.socket, &self.out[self.sent..])? {
-                    Some(count) => count,
-                    None => break,
-                },
+            if self.sent == self.out.len() {
+                break;
+            }
+            let sent = match self.socket.write(&self.out[self.sent..]) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                other => other?,
             };
             self.sent += sent;
-            total += sent.max(1);
+            total += sent;
         }
         if self.sent == self.out.len() {
             self.out.clear();
@@ -671,9 +602,6 @@ impl Conn {
 
     /// Receives some bytes; 0 when there are none now. The end is an error.
     fn recv_into(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        if let Some(tls) = &mut self.tls {
-            return recv_tls(tls, &mut self.socket, buf);
-        }
         loop {
             return match self.socket.read(buf) {
                 Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
@@ -724,54 +652,6 @@ fn export_info(volume: &Volume, index: usize) -> ExportInfo {
     }
 }
 
-/// Hands bytes to TLS and records to the socket; None when neither moves.
-fn send_tls(
-    tls: &mut rustls::ServerConnection,
-    socket: &mut Socket,
-    data: &[u8],
-) -> io::Result<Option<usize>> {
-    while tls.wants_write() {
-        match tls.write_tls(socket) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(_) => {}
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-            Err(e) => return Err(e),
-        }
-    }
-    if data.is_empty() {
-        return Ok(None);
-    }
-    tls.writer().write(&data[..data.len().min(TLS_STEP)]).map(Some)
-}
-
-fn recv_tls(
-    tls: &mut rustls::ServerConnection,
-    socket: &mut Socket,
-    buf: &mut [u8],
-) -> io::Result<usize> {
-    loop {
-        match tls.reader().read(buf) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            other => return other,
-        }
-        match tls.read_tls(socket) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(_) => {}
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(0),
-            Err(e) => return Err(e),
-        }
-        let state = tls.process_new_packets();
-        if tls.wants_write() {
-            match tls.write_tls(socket) {
-                Err(e) if e.kind() != io::ErrorKind::WouldBlock => return Err(e),
-                _ => {}
-            }
-        }
-        state.map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
-    }
-}
-
 /// Receive window, bytes.
 const WINDOW: usize = 256 << 10;
 /// Payloads up to this wait in the window until they are complete.
@@ -788,5 +668,3 @@ const ROUNDS: usize = 16;
 const HANDSHAKE_MAX: u64 = 10_000_000;
 /// A payload or the sending of answers that does not move, microseconds.
 const STALL_MAX: u64 = 30_000_000;
-/// Bytes handed to TLS at a time.
-const TLS_STEP: usize = 64 << 10;

@@ -13,7 +13,7 @@ pub mod volume;
 use std::io;
 
 use crate::config::{GroupConfig, GroupPaths};
-use serve::{ServeOptions, Server, settle, wait_until};
+use serve::{Server, settle, wait_until};
 use start::StartError;
 
 /// Why a filter process ended.
@@ -29,14 +29,9 @@ pub enum RunError {
 
 /// Runs the filter process of a group: recovers, calls `ready`, serves until a Stop.
 /// May be killed at any instruction; the next run takes over where it was.
-pub fn run(
-    config: &GroupConfig,
-    paths: &GroupPaths,
-    options: ServeOptions,
-    ready: impl FnOnce(),
-) -> Result<(), RunError> {
+pub fn run(config: &GroupConfig, paths: &GroupPaths, ready: impl FnOnce()) -> Result<(), RunError> {
     let volume = start::open(config, paths)?;
-    let server = Server::new(volume, config, paths, options)?;
+    let server = Server::new(volume, config, paths)?;
     ready();
     Ok(server.run()?)
 }

@@ -7,9 +7,8 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -17,19 +16,12 @@ use rustix::event::epoll;
 use rustix::net::sockopt;
 use rustix::time::Timespec;
 
-use super::conn::{Conn, Progress, Shared, Socket};
+use super::conn::{Conn, Progress, Shared};
 use super::ctl::{Ask, Ctl};
 use super::volume::{Volume, VolumeEvent};
 use crate::config::{GroupConfig, GroupPaths};
 use crate::control::Reply;
 use crate::engine::Clock;
-
-/// How a filter is served.
-#[derive(Debug, Default)]
-pub struct ServeOptions {
-    /// STARTTLS for clients on TCP; required of those that are not on this machine.
-    pub tls: Option<Arc<rustls::ServerConfig>>,
-}
 
 /// A filter process's state.
 #[derive(Debug)]
@@ -39,7 +31,6 @@ pub struct Server {
     clock: Arc<dyn Clock>,
     epoll: OwnedFd,
     nbd: UnixListener,
-    tcp: Option<TcpListener>,
     control: UnixListener,
     conns: HashMap<u64, (Conn, u32)>,
     ctls: HashMap<u64, Ctl>,
@@ -56,38 +47,20 @@ pub struct Server {
 impl Server {
     /// Listens on the group's sockets. A stale socket file is replaced; one
     /// that somebody serves is `AddrInUse`.
-    pub fn new(
-        mut volume: Volume,
-        config: &GroupConfig,
-        paths: &GroupPaths,
-        options: ServeOptions,
-    ) -> io::Result<Self> {
+    pub fn new(mut volume: Volume, config: &GroupConfig, paths: &GroupPaths) -> io::Result<Self> {
         settle(&mut volume)?;
         let clock = volume.clock();
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let nbd = listen(&paths.nbd_socket())?;
         let control = listen(&paths.filter_socket())?;
-        let tcp = config.nbd_tcp.as_deref().map(TcpListener::bind).transpose()?;
-        let local = tcp.as_ref().map(TcpListener::local_addr).transpose()?;
-        let off_machine = local.is_some_and(|a| !a.ip().is_loopback());
-        if off_machine && options.tls.is_none() {
-            let message = "NBD over TCP to other machines needs TLS, and there is no certificate";
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
-        }
         let add = |fd: BorrowedFd<'_>, id: u64| {
             epoll::add(&epoll, fd, epoll::EventData::new_u64(id), epoll::EventFlags::IN)
         };
         add(volume.fd(), ENGINE)?;
         add(nbd.as_fd(), NBD)?;
         add(control.as_fd(), CONTROL)?;
-        if let Some(tcp) = &tcp {
-            tcp.set_nonblocking(true)?;
-            add(tcp.as_fd(), TCP)?;
-        }
         let shared = Shared {
             exports: config.disks.iter().map(|d| config.export(&d.disk)).collect(),
-            tls: options.tls,
-            tls_required: off_machine,
             staged: 0,
             staged_max: config.arena_bytes / 2,
         };
@@ -97,7 +70,6 @@ impl Server {
             clock,
             epoll,
             nbd,
-            tcp,
             control,
             conns: HashMap::new(),
             ctls: HashMap::new(),
@@ -132,7 +104,7 @@ impl Server {
             for event in &ready {
                 match event.data.u64() {
                     ENGINE => {}
-                    NBD | TCP | CONTROL => self.accept(event.data.u64(), now),
+                    NBD | CONTROL => self.accept(event.data.u64(), now),
                     id => {
                         touched.push(id);
                         self.ready(id, now);
@@ -289,16 +261,9 @@ impl Server {
 
     fn accept(&mut self, from: u64, now: u64) {
         for _ in 0..ACCEPT_MAX {
-            let socket = match from {
-                NBD => self.nbd.accept().map(|(s, _)| Socket::Unix(s)),
-                CONTROL => self.control.accept().map(|(s, _)| Socket::Unix(s)),
-                _ => match &self.tcp {
-                    Some(tcp) => tcp.accept().map(|(s, _)| Socket::Tcp(s)),
-                    None => return,
-                },
-            };
-            let socket = match socket {
-                Ok(socket) => socket,
+            let listener = if from == CONTROL { &self.control } else { &self.nbd };
+            let socket = match listener.accept() {
+                Ok((socket, _)) => socket,
                 Err(error) => {
                     if error.kind() != io::ErrorKind::WouldBlock {
                         tracing::warn!(%error, "a connection cannot be accepted");
@@ -312,33 +277,25 @@ impl Server {
         }
     }
 
-    fn admit_socket(&mut self, from: u64, socket: Socket, now: u64) -> io::Result<()> {
+    fn admit_socket(&mut self, from: u64, socket: UnixStream, now: u64) -> io::Result<()> {
         let limit = if from == CONTROL { CONTROLS_MAX } else { CONNECTIONS_MAX };
         let count = if from == CONTROL { self.ctls.len() } else { self.conns.len() };
         if count >= limit || self.stopping.is_some() {
             return Ok(());
         }
-        match &socket {
-            Socket::Unix(s) => s.set_nonblocking(true)?,
-            Socket::Tcp(s) => {
-                s.set_nonblocking(true)?;
-                s.set_nodelay(true)?;
-            }
-        }
+        socket.set_nonblocking(true)?;
         let id = self.next_id;
         self.next_id += 1;
         let data = epoll::EventData::new_u64(id);
         let flags = epoll::EventFlags::IN;
-        epoll::add(&self.epoll, socket.fd(), data, flags)?;
+        epoll::add(&self.epoll, socket.as_fd(), data, flags)?;
         if from == CONTROL {
-            if let Socket::Unix(stream) = socket {
-                self.ctls.insert(id, Ctl::new(id, stream));
-            }
+            self.ctls.insert(id, Ctl::new(id, socket));
             return Ok(());
         }
-        let _ = sockopt::set_socket_send_buffer_size(socket.fd(), SOCKET_BUFFER);
-        let _ = sockopt::set_socket_recv_buffer_size(socket.fd(), SOCKET_BUFFER);
-        let conn = Conn::new(id, socket, &self.shared, now);
+        let _ = sockopt::set_socket_send_buffer_size(socket.as_fd(), SOCKET_BUFFER);
+        let _ = sockopt::set_socket_recv_buffer_size(socket.as_fd(), SOCKET_BUFFER);
+        let conn = Conn::new(id, socket, now);
         self.conns.insert(id, (conn, flags.bits()));
         // The greeting.
         self.progress(id, now);
@@ -453,7 +410,7 @@ pub fn wait_until(
 
 /// Listens on a Unix socket, replacing a stale one.
 fn listen(path: &Path) -> io::Result<UnixListener> {
-    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+    if UnixStream::connect(path).is_ok() {
         return Err(io::Error::new(
             io::ErrorKind::AddrInUse,
             format!("{} is served", path.display()),
@@ -471,7 +428,6 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 
 const ENGINE: u64 = 0;
 const NBD: u64 = 1;
-const TCP: u64 = 2;
 const CONTROL: u64 = 3;
 const FIRST_ID: u64 = 16;
 /// NBD connections at a time.

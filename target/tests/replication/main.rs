@@ -148,7 +148,6 @@ fn group(source: &MemSource) -> GroupConfig {
         journal_bytes: 1 << 30,
         chunk_bytes: 1 << 40,
         arena_bytes: 1 << 30,
-        nbd_tcp: None,
         fuse: None,
     }
 }

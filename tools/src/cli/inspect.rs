@@ -103,7 +103,6 @@ fn config_of(sup: &JournalSuper, path: &Path) -> GroupConfig {
         journal_bytes: 0,
         chunk_bytes: sup.chunk_size.get(),
         arena_bytes: 0,
-        nbd_tcp: None,
         fuse: None,
     }
 }

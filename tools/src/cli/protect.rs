@@ -124,7 +124,6 @@ fn plan(args: &ProtectArgs, dir: &Path) -> Outcome<GroupConfig> {
         journal_bytes: plan.journal_bytes,
         chunk_bytes: plan.chunk_bytes,
         arena_bytes: plan.arena_bytes,
-        nbd_tcp: None,
         fuse,
     })
 }

@@ -45,9 +45,8 @@ pub fn filter(args: &GroupArgs, context: &Context) -> Outcome {
         .name("signals".into())
         .spawn(watch)
         .map_err(|e| Failure::io("cannot start a thread", &e))?;
-    let options = blockfilter::group::serve::ServeOptions::default();
     let ready = || tracing::info!(group = %args.group, "the filter serves");
-    blockfilter::group::run(&config, &paths, options, ready).map_err(|error| {
+    blockfilter::group::run(&config, &paths, ready).map_err(|error| {
         Failure::new(Exit::WrongState, format!("the filter of {} ended", args.group))
             .why(error.to_string())
     })

@@ -123,7 +123,7 @@ mod tests {
     fn config() -> GroupConfig {
         serde_json::from_value(serde_json::json!({
             "group": "g", "uuid": uuid::Uuid::nil(), "disks": [], "journal": "/j",
-            "journal_bytes": 0, "chunk_bytes": 0, "arena_bytes": 0, "nbd_tcp": null, "fuse": null,
+            "journal_bytes": 0, "chunk_bytes": 0, "arena_bytes": 0, "fuse": null,
         }))
         .unwrap()
     }
