@@ -17,6 +17,7 @@ const DISKS: [&str; 2] = ["data", "log"];
 #[test]
 fn every_point_is_a_prefix_over_both_disks() {
     let seed = e2e::seed("prefix");
+    let clock = e2e::wait::Deadline::after(Duration::from_secs(600));
     let site = Site::start("prefix");
     let images: Vec<_> =
         (0..2).map(|d| site.image(&format!("{}.img", DISKS[d]), d, 16 << 20)).collect();
@@ -38,6 +39,7 @@ fn every_point_is_a_prefix_over_both_disks() {
         let _stop = StopOnDrop(&stop);
         let writers = scope.spawn(|| run(&load, &history, &stop, &done));
         site.wait_protected("g");
+        println!("protected after {:?}", clock.elapsed());
         for number in 0..4 {
             wait_for_answers(&done, 400);
             let (tag, floor) = (format!("t{number}"), history.now());
@@ -48,9 +50,12 @@ fn every_point_is_a_prefix_over_both_disks() {
         writers.join().unwrap().unwrap();
     });
     let end = history.now();
+    println!("{} answers after {:?}", done.load(Ordering::SeqCst), clock.elapsed());
     site.at_agent(&["sync", "g"]).ok();
+    println!("synced after {:?}", clock.elapsed());
     let latest = check(&site, &history, "latest", end);
     assert!(latest.visible > 0);
+    println!("latest checked after {:?}", clock.elapsed());
     for (tag, floor) in &tags {
         check(&site, &history, &format!("tag:{tag}"), *floor);
     }
