@@ -5,6 +5,7 @@
 //! | [`wait`] | waiting for a condition with a deadline, the only pause in tests |
 //! | [`run`] | the built `standfast` and other programs, with time limits |
 //! | [`process`] | daemons that end with the test, however it ends |
+//! | [`points`] | opening points and holding them against the oracle |
 //! | [`simgroup`] | the filter over simulated files |
 //! | [`filter`] | a filter process alone |
 //! | [`site`] | a target and an agent in a temporary folder |
@@ -19,6 +20,7 @@
 pub mod filter;
 pub mod nbd;
 pub mod oracle;
+pub mod points;
 pub mod process;
 pub mod run;
 pub mod simgroup;

@@ -33,6 +33,7 @@ pub struct Site {
 impl Site {
     /// A folder only; nothing runs.
     pub fn empty(name: &str) -> Self {
+        standfast();
         let folder =
             tempfile::Builder::new().prefix(&format!("sf-{name}-")).tempdir().unwrap().keep();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();

@@ -1,0 +1,130 @@
+//! kill -9 of everything between the disk and the replica, at random, while it
+//! is being written: the stream resumes where the target is durable, with no
+//! gap and no repeat, and every point stays a prefix.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use e2e::oracle::History;
+use e2e::points::{check, check_many};
+use e2e::process::kill_and_wait;
+use e2e::site::Site;
+use e2e::wait::Deadline;
+use e2e::writer::{Load, StopOnDrop, run};
+use e2e::{Rng, wait_until};
+
+const DISKS: [&str; 2] = ["a", "b"];
+
+struct Setup {
+    site: Site,
+    load: Load,
+    history: History,
+    stop: AtomicBool,
+    done: AtomicU64,
+}
+
+fn setup(name: &str, seed: u64, size: u64, more: &[&str]) -> Setup {
+    let site = Site::start(name);
+    let images: Vec<_> =
+        (0..2).map(|d| site.image(&format!("{}.img", DISKS[d]), d, size)).collect();
+    let disks: Vec<(&str, &Path)> =
+        DISKS.iter().copied().zip(images.iter().map(|p| p.as_path())).collect();
+    let uris = site.protect("g", &disks, more);
+    let rest = Duration::from_millis(2);
+    let patience = Duration::from_secs(60);
+    let load = Load { uris, writers: 3, seed, requests: u64::MAX, rest, patience };
+    let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
+    Setup { site, load, history: History::stamped(), stop, done }
+}
+
+#[test]
+fn the_stream_survives_kills_of_replicator_target_filter_and_agent() {
+    let seed = e2e::seed("kill stream");
+    let mut rng = Rng::new(seed);
+    let mut s = setup("stream", seed, 12 << 20, &[]);
+    let mut killed = [0; 4];
+    std::thread::scope(|scope| {
+        let _stop = StopOnDrop(&s.stop);
+        let writers = scope.spawn(|| run(&s.load, &s.history, &s.stop, &s.done));
+        for round in 0..16 {
+            wait_for_answers(&s.done, &s.stop, 30 + rng.below(250));
+            // The first ones hit the seed.
+            let role = if round < 3 { round % 2 } else { rng.below(4) as usize };
+            killed[role] += 1;
+            match role {
+                0 => kill_role(&s.site, "replicator"),
+                1 => {
+                    s.site.target = None;
+                    s.site.start_target();
+                }
+                2 => kill_role(&s.site, "filter"),
+                _ => {
+                    s.site.agent = None;
+                    s.site.start_agent();
+                }
+            }
+        }
+        wait_for_answers(&s.done, &s.stop, 200);
+        s.stop.store(true, Ordering::SeqCst);
+        writers.join().unwrap().unwrap();
+    });
+    println!("kills of replicator, target, filter, agent: {killed:?}");
+    let end = s.history.now();
+    s.site.wait_protected("g");
+    s.site.at_agent(&["sync", "g", "--timeout", "90s"]).ok();
+    check(&s.site, "g", &DISKS, &s.history, "latest", end);
+    check_many(&s.site, "g", &DISKS, &s.history, 20, seed);
+}
+
+#[test]
+fn a_full_journal_freezes_never_blocks_and_seeds_again_while_old_points_stay() {
+    let seed = e2e::seed("freeze");
+    let mut s = setup("freeze", seed, 8 << 20, &["--journal-size", "24MiB"]);
+    let mut old = String::new();
+    let mut old_floor = 0;
+    std::thread::scope(|scope| {
+        let _stop = StopOnDrop(&s.stop);
+        let writers = scope.spawn(|| run(&s.load, &s.history, &s.stop, &s.done));
+        s.site.wait_protected("g");
+        old_floor = s.history.now();
+        s.site.at_agent(&["point", "create", "g", "--tag", "before"]).ok();
+        s.site.target = None;
+        let deadline = Deadline::after(Duration::from_secs(90));
+        wait_until("the group to freeze", Duration::from_secs(95), || {
+            let state = s.site.group_status("g").unwrap_or_default()["state"].clone();
+            assert!(!deadline.passed(), "it does not freeze: {state}");
+            (state == "frozen").then_some(())
+        });
+        // Production goes on.
+        wait_for_answers(&s.done, &s.stop, 500);
+        s.site.start_target();
+        let points = s.site.points("g");
+        let tagged = points.iter().find(|p| p["tag"] == "before").expect("the tag is kept");
+        old = tagged["id"].as_str().unwrap().to_owned();
+        check(&s.site, "g", &DISKS, &s.history, &old, old_floor);
+        s.site.wait_protected("g");
+        wait_for_answers(&s.done, &s.stop, 100);
+        s.stop.store(true, Ordering::SeqCst);
+        writers.join().unwrap().unwrap();
+    });
+    let end = s.history.now();
+    s.site.at_agent(&["sync", "g", "--timeout", "90s"]).ok();
+    check(&s.site, "g", &DISKS, &s.history, "latest", end);
+    check(&s.site, "g", &DISKS, &s.history, &old, old_floor);
+    check_many(&s.site, "g", &DISKS, &s.history, 16, seed);
+}
+
+fn kill_role(site: &Site, role: &str) {
+    let pid = site.wait_pid(role, "g", None);
+    kill_and_wait(pid);
+}
+
+fn wait_for_answers(done: &AtomicU64, stop: &AtomicBool, more: u64) {
+    let until = done.load(Ordering::SeqCst) + more;
+    wait_until("answers", Duration::from_secs(60), || {
+        let ready = done.load(Ordering::SeqCst) >= until || stop.load(Ordering::SeqCst);
+        ready.then_some(())
+    });
+    assert!(!stop.load(Ordering::SeqCst), "the writers stopped");
+}
