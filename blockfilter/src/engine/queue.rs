@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use rustix::event::{EventfdFlags, eventfd};
@@ -249,14 +250,31 @@ fn lane_of(op: &Op) -> Lane {
     }
 }
 
-/// Threads that execute operations and signal an eventfd.
+/// Threads that execute operations and signal an eventfd. Dropping it waits until
+/// everything submitted is done: nothing of ours reaches a file later (I12).
 #[derive(Debug)]
 pub struct Lanes {
+    /// None only while it is dropped.
+    ops: Option<Senders>,
+    threads: Vec<JoinHandle<()>>,
+    done: Receiver<Done>,
+    event: Arc<OwnedFd>,
+}
+
+#[derive(Debug)]
+struct Senders {
     journal: Sender<Op>,
     disks: Sender<Op>,
     reads: Sender<Op>,
-    done: Receiver<Done>,
-    event: Arc<OwnedFd>,
+}
+
+impl Drop for Lanes {
+    fn drop(&mut self) {
+        self.ops = None;
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
 }
 
 impl Lanes {
@@ -264,34 +282,37 @@ impl Lanes {
     pub fn start(target: &Arc<Target>, readers: usize) -> io::Result<Self> {
         let event = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
         let (to_done, done) = unbounded();
-        let start = |name: &str, count: usize| -> io::Result<Sender<Op>> {
+        let mut threads = Vec::new();
+        let mut start = |name: &str, count: usize| -> io::Result<Sender<Op>> {
             let (sender, ops) = bounded::<Op>(LANE_MAX);
             for _ in 0..count {
                 let (ops, to_done) = (ops.clone(), to_done.clone());
                 let (target, event) = (target.clone(), event.clone());
-                std::thread::Builder::new().name(name.into()).spawn(move || {
+                let thread = std::thread::Builder::new().name(name.into());
+                threads.push(thread.spawn(move || {
                     for op in ops {
                         if to_done.send(target.execute(op)).is_err() {
                             return;
                         }
                         let _ = rustix::io::write(&event, &1u64.to_le_bytes());
                     }
-                })?;
+                })?);
             }
             Ok(sender)
         };
         let journal = start("sf-journal", 1)?;
         let disks = start("sf-disks", 1)?;
         let reads = start("sf-reads", readers)?;
-        Ok(Self { journal, disks, reads, done, event })
+        Ok(Self { ops: Some(Senders { journal, disks, reads }), threads, done, event })
     }
 
     /// Hands an operation to its thread.
     pub fn submit(&self, op: Op) {
+        let ops = self.ops.as_ref().expect("not dropped");
         let lane = match lane_of(&op) {
-            Lane::Journal => &self.journal,
-            Lane::Disks => &self.disks,
-            Lane::Reads => &self.reads,
+            Lane::Journal => &ops.journal,
+            Lane::Disks => &ops.disks,
+            Lane::Reads => &ops.reads,
         };
         lane.send(op).expect("the threads live as long as their channel");
     }

@@ -25,6 +25,7 @@ pub struct Uring {
     fixed: bool,
     next_id: u64,
     writes: HashMap<u64, Write>,
+    syncs: usize,
     failed: bool,
     /// A submission failed: reported as a failed journal write.
     broken: Option<io::Error>,
@@ -71,6 +72,7 @@ impl Uring {
             fixed,
             next_id: 1,
             writes: HashMap::new(),
+            syncs: 0,
             failed: false,
             broken: None,
         })
@@ -104,7 +106,9 @@ impl Uring {
 
     fn sync(&mut self) -> io::Result<()> {
         let fsync = opcode::Fsync::new(self.journal_fd()).flags(types::FsyncFlags::DATASYNC);
-        self.push(&fsync.build().user_data(SYNC_ID))
+        self.push(&fsync.build().user_data(SYNC_ID))?;
+        self.syncs += 1;
+        Ok(())
     }
 
     fn journal_fd(&self) -> types::Fd {
@@ -122,6 +126,7 @@ impl Uring {
             self.ring.0.completion().map(|c| (c.user_data(), c.result())).collect();
         for (id, result) in found {
             if id == SYNC_ID {
+                self.syncs -= 1;
                 done.push(Done::JournalSync(self.outcome(result).map(|_| ())));
                 continue;
             }
@@ -204,6 +209,22 @@ impl Engine for Uring {
 
     fn name(&self) -> String {
         if self.fixed { "io_uring".into() } else { "io_uring (buffers not registered)".into() }
+    }
+}
+
+/// Waits for what is in flight: nothing of ours reaches the journal later (I12).
+impl Drop for Uring {
+    fn drop(&mut self) {
+        let mut done = Vec::new();
+        while (!self.writes.is_empty() || self.syncs > 0) && self.broken.is_none() {
+            if let Err(error) = self.ring.0.submit_and_wait(1)
+                && error.kind() != io::ErrorKind::Interrupted
+            {
+                tracing::error!(%error, "waiting for the journal's I/O failed");
+                return;
+            }
+            self.reap_ring(&mut done);
+        }
     }
 }
 
