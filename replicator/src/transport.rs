@@ -147,7 +147,7 @@ impl Channel {
             match TcpStream::connect_timeout(&resolved, timeout) {
                 Ok(socket) => {
                     let tls = ClientConnection::new(config, server_name())?;
-                    return Self::start(socket, tls.into(), clock, timeout);
+                    return Self::start(socket, tls.into(), clock, timeout, FRAME_MAX);
                 }
                 Err(error) => last = error,
             }
@@ -155,7 +155,8 @@ impl Channel {
         Err(last.into())
     }
 
-    /// Takes a connection that was accepted and completes the TLS handshake.
+    /// Takes a connection that was accepted and completes the TLS handshake. A
+    /// frame above [`STRANGER_FRAME_MAX`] ends it until [`Channel::trust_peer`].
     pub fn accept(
         socket: TcpStream,
         config: Arc<ServerConfig>,
@@ -163,7 +164,7 @@ impl Channel {
         timeout: Duration,
     ) -> Result<Self, ChannelError> {
         let tls = ServerConnection::new(config)?;
-        Self::start(socket, tls.into(), clock, timeout)
+        Self::start(socket, tls.into(), clock, timeout, STRANGER_FRAME_MAX)
     }
 
     fn start(
@@ -171,6 +172,7 @@ impl Channel {
         mut tls: Connection,
         clock: Arc<dyn Clock>,
         timeout: Duration,
+        frame_max: usize,
     ) -> Result<Self, ChannelError> {
         socket.set_nonblocking(true)?;
         socket.set_nodelay(true)?;
@@ -190,7 +192,7 @@ impl Channel {
             head_done: false,
             frames: VecDeque::new(),
             frames_bytes: 0,
-            frame_max: FRAME_MAX,
+            frame_max,
             heard_us,
             closed: false,
             counters: Counters::default(),
@@ -228,9 +230,15 @@ impl Channel {
         self.socket.peer_addr().ok()
     }
 
-    /// Frames longer than this end the connection; for peers not yet known.
-    pub fn set_frame_max(&mut self, bytes: usize) {
-        self.frame_max = bytes;
+    /// Whether the peer is on this machine.
+    pub fn is_local(&self) -> bool {
+        let ends = (self.socket.peer_addr(), self.socket.local_addr());
+        matches!(ends, (Ok(peer), Ok(here)) if peer.ip() == here.ip())
+    }
+
+    /// The peer is known: it may send frames of any valid length from now on.
+    pub fn trust_peer(&mut self) {
+        self.frame_max = FRAME_MAX;
     }
 
     /// What went over it so far.
@@ -444,6 +452,8 @@ impl Channel {
 
 /// A peer that says nothing for this long is dead.
 pub const SILENCE_MAX: Duration = Duration::from_secs(15);
+/// Longest frame of a peer that is not known yet, in bytes.
+pub const STRANGER_FRAME_MAX: usize = 64 << 10;
 /// Input that was not taken; beyond it the socket is not read.
 const QUEUE_MAX: usize = 8 << 20;
 const READ_CHUNK: usize = 256 << 10;
@@ -505,7 +515,9 @@ pub(crate) mod tests {
         let server = identity::server_tls(&RealFiles, &t, true).unwrap();
         let client = identity::client_tls(&RealFiles, &a).unwrap();
         let (server, client) = pair(server, client);
-        (server.unwrap(), client.unwrap())
+        let mut server = server.unwrap();
+        server.trust_peer();
+        (server, client.unwrap())
     }
 
     fn data(len: usize) -> FrameBuf {
@@ -582,7 +594,7 @@ pub(crate) mod tests {
     #[test]
     fn a_frame_above_the_peers_limit_ends_the_connection() {
         let (mut server, mut client) = mutual();
-        server.set_frame_max(64 << 10);
+        server.frame_max = STRANGER_FRAME_MAX;
         client.send(&data(1 << 20)).unwrap();
         assert!(matches!(server.recv(LIMIT), Err(ChannelError::Frame(_))));
     }

@@ -235,8 +235,11 @@ fn accept_loop(shared: &Arc<Shared>, listener: &TcpListener) {
             }
         }
     }
-    for session in sessions {
-        let _ = session.join();
+    // Sessions that replicate end within moments; others may only be waiting for
+    // a peer to speak, and hold nothing.
+    let deadline = shared.clock.mono_us() + STOP_US;
+    while sessions.iter().any(|s| !s.is_finished()) && shared.clock.mono_us() < deadline {
+        shared.wake.wait(Duration::from_millis(10));
     }
 }
 
@@ -381,5 +384,7 @@ fn seed_at(state: &GroupState) -> Option<SeedAt> {
 
 /// Most connections at a time.
 const CONNECTIONS_MAX: usize = 256;
+/// Longest wait for sessions at a stop.
+const STOP_US: u64 = 5_000_000;
 /// TLS handshake, and the first message after it.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);

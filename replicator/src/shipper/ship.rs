@@ -62,7 +62,7 @@ struct Session<'a> {
     window_bytes: u64,
     epoch_bytes: u64,
     heartbeat_due: u64,
-    rtt_us: Option<u64>,
+    rtt_us: u64,
     stream_turns: u32,
     wire_base: u64,
 }
@@ -77,7 +77,9 @@ pub(super) fn session(
     let wake = Arc::new(Waker::new().map_err(SessionError::Filter)?);
     let mut control = shipper.source.control().map_err(SessionError::Filter)?;
     let positions = control.wait(None, Duration::ZERO).map_err(SessionError::Filter)?;
+    let asked_us = shipper.clock.mono_us();
     let ack = greet(shipper, channel, &positions)?;
+    let rtt_us = shipper.clock.mono_us().saturating_sub(asked_us);
     let mut journal = shipper.source.journal()?;
     let mut start = decide(&positions, &ack);
     if let Start::Stream { from } | Start::ResumeSeed { from, .. } = start {
@@ -96,6 +98,7 @@ pub(super) fn session(
     feed.set_floor(from);
     let known = feed.known().map_err(SessionError::Filter)?;
     let limits = Limits { chunk_bytes: shipper.group.chunk_bytes, ..Limits::default() };
+    let codec = if channel.is_local() { Controller::uncompressed() } else { Controller::default() };
     let mut session = Session {
         shipper,
         channel,
@@ -107,7 +110,7 @@ pub(super) fn session(
         seeding: None,
         group_id: group_id(&shipper.group.uuid),
         generation: known.positions.generation,
-        codec: Controller::default(),
+        codec,
         encoder: Encoder::new().map_err(SessionError::Codec)?,
         shipped: from,
         target_durable: from,
@@ -115,7 +118,7 @@ pub(super) fn session(
         window_bytes: 0,
         epoch_bytes: 0,
         heartbeat_due: 0,
-        rtt_us: None,
+        rtt_us,
         stream_turns: 0,
         wire_base: 0,
     };
@@ -273,7 +276,7 @@ impl Session<'_> {
 
     fn acknowledged(&mut self, ack: &Ack, known: &Known) {
         if let Some(echo) = ack.echo_us {
-            self.rtt_us = Some(self.now().saturating_sub(echo));
+            self.rtt_us = self.now().saturating_sub(echo);
         }
         // An Ack from before a SeedBegin that is on its way says an older position.
         if ack.durable > self.target_durable && ack.durable <= self.shipped {
@@ -302,7 +305,7 @@ impl Session<'_> {
             admitted: known.positions.admitted,
             age_us: now.saturating_sub(known.at_us),
             mono_us: now,
-            rtt_us: self.rtt_us.unwrap_or(0),
+            rtt_us: self.rtt_us,
         };
         self.channel.send(&FrameBuf::message(Kind::Heartbeat, &beat)?)?;
         self.heartbeat_due = now + HEARTBEAT_US;
@@ -443,7 +446,7 @@ impl Session<'_> {
             s.shipped = Some(self.shipped);
             s.target_durable = Some(self.target_durable);
             s.backlog_bytes = backlog;
-            s.rtt_us = self.rtt_us;
+            s.rtt_us = Some(self.rtt_us);
             s.codec = self.codec.level().as_str().to_owned();
             s.seed = seed;
             if let Some(ack) = ack {

@@ -11,7 +11,7 @@ use replicator::frame::FrameBuf;
 use replicator::identity::{IdentityError, Peer, Role, csr_key_sha256};
 use replicator::session::{DiskInfo, ErrorCode, ErrorMessage, Hello, Rpc, RpcReply};
 use replicator::token::TokenError;
-use replicator::transport::{Channel, ChannelError};
+use replicator::transport::{Channel, ChannelError, STRANGER_FRAME_MAX};
 use replicator::wire::{Kind, WIRE_VERSION};
 use uuid::Uuid;
 
@@ -29,10 +29,11 @@ pub(super) fn serve(shared: &Arc<Shared>, mut channel: Channel, from: &str) {
 
 fn run(shared: &Arc<Shared>, channel: &mut Channel, from: &str) -> Result<(), ChannelError> {
     let peer = channel.peer()?;
-    if peer.is_none() {
-        channel.set_frame_max(ANONYMOUS_MAX);
+    if peer.is_some() {
+        channel.trust_peer();
     }
-    for _ in 0..REQUESTS_MAX {
+    let requests = if peer.is_none() { ANONYMOUS_REQUESTS } else { REQUESTS_MAX };
+    for _ in 0..requests {
         let frame = channel.recv(HANDSHAKE_MAX)?;
         if peer.is_none() && channel.counters().received_bytes > ANONYMOUS_MAX as u64 {
             return refuse(channel, error(ErrorCode::NotAuthorised, "too much was sent", None));
@@ -219,8 +220,9 @@ fn find_or_create(
 
 /// Requests on one connection.
 const REQUESTS_MAX: usize = 1024;
-/// What a peer without certificate may send, TLS included, and in one frame.
-const ANONYMOUS_MAX: usize = 64 << 10;
+const ANONYMOUS_REQUESTS: usize = 4;
+/// What a peer without certificate may send in all, TLS included.
+const ANONYMOUS_MAX: usize = STRANGER_FRAME_MAX;
 
 #[cfg(test)]
 mod tests {

@@ -16,11 +16,14 @@ use blockfilter::engine::Clock;
 use blockfilter::engine::real::{RealClock, RealFiles};
 use blockfilter::names::{Lsn, Name};
 use replicator::enroll::{RpcClient, RpcError, join, pki_dir};
-use replicator::identity::{Authority, Role, client_tls};
+use replicator::frame::FrameBuf;
+use replicator::identity::{Authority, Role, client_tls, joining_tls};
 use replicator::session::{ErrorCode, Rpc, RpcReply};
 use replicator::shipper::Shipper;
 use replicator::status::{Shown, State};
 use replicator::token::{TokenOrder, Tokens};
+use replicator::transport::Channel;
+use replicator::wire::Kind;
 use target::points::PointQuery;
 use target::server::{ReplicaState, ServerConfig, TargetHandle, start};
 use target::store::Store;
@@ -362,6 +365,29 @@ fn a_token_admits_one_machine_and_strangers_get_nothing() {
     assert_eq!(client.ask(&check).unwrap_err().code(), Some(ErrorCode::NameTaken));
     let free = Rpc::CheckGroup { group: name("free"), uuid: None };
     assert_eq!(client.ask(&free).unwrap(), RpcReply::Group { exists: false });
+}
+
+#[test]
+fn a_peer_without_certificate_may_only_join_and_say_little() {
+    let site = Site::new();
+    let pki = site.dir.path().join("t/pki");
+    let ca = Authority::load(&RealFiles, &pki).unwrap().ca_sha256().to_owned();
+    let addr = site.handle.local_addr().to_string();
+    let limit = Duration::from_secs(10);
+    let dial =
+        || Channel::connect(&addr, joining_tls(&ca).unwrap(), site.clock.clone(), limit).unwrap();
+    let mut asking = dial();
+    let question = Rpc::HasTag { group: name("g"), tag: name("t") };
+    asking.send(&FrameBuf::message(Kind::Rpc, &question).unwrap()).unwrap();
+    let RpcReply::Refused(why) = asking.recv(limit).unwrap().parse().unwrap() else {
+        panic!("a stranger was answered");
+    };
+    assert_eq!(why.code, ErrorCode::NotAuthorised);
+    let mut talking = dial();
+    let enrol = Rpc::Enrol { secret: "x".repeat(100_000), csr: String::new(), host: String::new() };
+    talking.send(&FrameBuf::message(Kind::Rpc, &enrol).unwrap()).unwrap();
+    assert!(talking.recv(limit).is_err(), "more than 64 KiB was read");
+    assert!(site.store.groups().is_empty());
 }
 
 /// Forwards connections; after `budget` bytes it cuts them.

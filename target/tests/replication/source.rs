@@ -14,7 +14,7 @@ use replicator::source::{Control, DiskSource, Journal, Source};
 use zerocopy::IntoBytes;
 
 #[derive(Debug)]
-pub struct Written {
+pub(crate) struct Written {
     pub end: u64,
     pub disk: usize,
     pub offset: usize,
@@ -22,7 +22,7 @@ pub struct Written {
 }
 
 #[derive(Debug)]
-pub struct State {
+pub(crate) struct State {
     pub initial: Vec<Vec<u8>>,
     pub disks: Vec<Vec<u8>>,
     pub batches: Vec<Batch>,
@@ -34,10 +34,10 @@ pub struct State {
 }
 
 #[derive(Clone, Debug)]
-pub struct MemSource(Arc<Mutex<State>>);
+pub(crate) struct MemSource(Arc<Mutex<State>>);
 
 impl MemSource {
-    pub fn new(disks: Vec<Vec<u8>>) -> Self {
+    pub(crate) fn new(disks: Vec<Vec<u8>>) -> Self {
         let positions = Positions {
             admitted: Lsn(4096),
             durable: Lsn(4096),
@@ -56,11 +56,11 @@ impl MemSource {
         })))
     }
 
-    pub fn lock(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap()
     }
 
-    pub fn write(&self, disk: usize, offset: usize, data: &[u8]) -> u64 {
+    pub(crate) fn write(&self, disk: usize, offset: usize, data: &[u8]) -> u64 {
         let mut state = self.lock();
         let desc = RecDesc {
             op: RecOp::Write as u8,
@@ -77,7 +77,7 @@ impl MemSource {
         end
     }
 
-    pub fn mark(&self, tag: &str) -> u64 {
+    pub(crate) fn mark(&self, tag: &str) -> u64 {
         let desc = RecDesc {
             op: RecOp::Mark as u8,
             len: (tag.len() as u32).into(),
@@ -89,7 +89,7 @@ impl MemSource {
     }
 
     /// The disks after everything below `lsn`.
-    pub fn at(&self, lsn: u64) -> Vec<Vec<u8>> {
+    pub(crate) fn at(&self, lsn: u64) -> Vec<Vec<u8>> {
         let state = self.lock();
         let mut disks = state.initial.clone();
         for w in state.written.iter().filter(|w| w.end <= lsn) {
@@ -98,7 +98,7 @@ impl MemSource {
         disks
     }
 
-    pub fn durable(&self) -> Lsn {
+    pub(crate) fn durable(&self) -> Lsn {
         self.lock().positions.durable
     }
 }
