@@ -233,24 +233,22 @@ impl Server {
                 }
                 continue;
             }
-            let Some((conn, old)) = self.conns.get_mut(id) else { continue };
-            let input = epoll::EventFlags::from_bits_retain(*old).contains(epoll::EventFlags::IN);
-            let had = conn.has_output();
-            if conn.flush_output(now).is_err() {
-                self.close(*id);
-            } else if had && !conn.has_output() && !input && !self.is_queued(*id) {
-                // Requests may have waited in the window for the answers to leave.
-                self.progress(*id, now);
-                if let Some((conn, _)) = self.conns.get_mut(id)
-                    && conn.flush_output(now).is_err()
-                {
+            // Requests may have waited in the window for answers to leave: as long as
+            // all of them leave at once nothing else would wake this connection.
+            loop {
+                let Some((conn, old)) = self.conns.get_mut(id) else { break };
+                let had = conn.has_output();
+                if conn.flush_output(now).is_err() {
                     self.close(*id);
-                } else if let Some((_, flags)) = self.conns.get(id) {
-                    let input = *flags & epoll::EventFlags::IN.bits() != 0;
-                    self.interest(*id, input);
+                    break;
                 }
-            } else {
-                self.interest(*id, input);
+                let left = conn.has_output();
+                let input = *old & epoll::EventFlags::IN.bits() != 0;
+                if !had || left || input || self.is_queued(*id) {
+                    self.interest(*id, input);
+                    break;
+                }
+                self.progress(*id, now);
             }
         }
     }
