@@ -303,11 +303,27 @@ pub fn server_tls(
     pki: &Path,
     anonymous: bool,
 ) -> Result<Arc<ServerConfig>, IdentityError> {
-    let roots = roots(&read(files, &pki.join(CA_PEM))?, &pki.join(CA_PEM))?;
+    server_config(files, pki, [CA_PEM, SERVER_PEM, SERVER_KEY], anonymous)
+}
+
+/// NBD's TLS with certificates from elsewhere: `ca-cert.pem`, `server-cert.pem` and
+/// `server-key.pem` in `dir` (the names that QEMU and nbdkit use). Clients must
+/// show a certificate of that authority.
+pub fn nbd_tls(files: &dyn Files, dir: &Path) -> Result<Arc<ServerConfig>, IdentityError> {
+    server_config(files, dir, ["ca-cert.pem", "server-cert.pem", "server-key.pem"], false)
+}
+
+fn server_config(
+    files: &dyn Files,
+    dir: &Path,
+    [ca, cert, key]: [&str; 3],
+    anonymous: bool,
+) -> Result<Arc<ServerConfig>, IdentityError> {
+    let roots = roots(&read(files, &dir.join(ca))?, &dir.join(ca))?;
     let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
     let verifier = if anonymous { verifier.allow_unauthenticated() } else { verifier };
     let verifier = verifier.build().map_err(|e| IdentityError::Tls(e.to_string()))?;
-    let (chain, key) = chain_and_key(files, &pki.join(SERVER_PEM), &pki.join(SERVER_KEY))?;
+    let (chain, key) = chain_and_key(files, &dir.join(cert), &dir.join(key))?;
     let config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(tls)?

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use blockfilter::nbd::file::{FileError, FileExport};
 use blockfilter::nbd::listen::{Address, Listener, inherited};
-use blockfilter::nbd::server::{FixedExports, ServerConfig, ServerHandle};
+use blockfilter::nbd::server::{FixedExports, ServerHandle};
 use clap::Args;
 
 use super::{Context, unix_uri};
@@ -27,6 +27,10 @@ pub struct ServeArgs {
     /// Where to listen; a socket passed by systemd comes before this.
     #[arg(long, value_name = "ADDR:PORT|unix:PATH")]
     pub nbd: Option<Address>,
+    /// STARTTLS on TCP with the ca-cert.pem, server-cert.pem and server-key.pem of
+    /// this folder; clients must use it and show a certificate of that authority.
+    #[arg(long, value_name = "DIR")]
+    pub tls: Option<PathBuf>,
     /// Refuse writes, and share the file with other readers.
     #[arg(long)]
     pub read_only: bool,
@@ -50,10 +54,12 @@ pub fn run(args: &ServeArgs, context: &Context) -> Outcome {
     }
     let exports = Arc::new(FixedExports(vec![(args.name.clone(), Arc::new(export))]));
     let clock = context.clock.clone();
-    let mut server = ServerHandle::start(listeners, ServerConfig::default(), exports, clock)
-        .failed("cannot serve NBD")?;
+    let config = daemon::nbd_server(args.tls.as_deref())?;
+    let mut server =
+        ServerHandle::start(listeners, config, exports, clock).failed("cannot serve NBD")?;
     let uri = |address: &Address| match address {
         Address::Unix(path) => unix_uri(&args.name, path),
+        Address::Tcp(host) if args.tls.is_some() => format!("nbds://{host}/{}", args.name),
         Address::Tcp(host) => format!("nbd://{host}/{}", args.name),
     };
     let uris: Vec<String> = server.addresses().iter().map(uri).collect();

@@ -49,7 +49,12 @@ struct Managed {
 }
 
 /// Runs the agent until it is told to stop.
-pub fn run(dir: &Path, nbd: Option<&str>, clock: Arc<dyn Clock>, output: Output) -> Outcome {
+pub fn run(
+    dir: &Path,
+    nbd: Option<(&str, Option<&Path>)>,
+    clock: Arc<dyn Clock>,
+    output: Output,
+) -> Outcome {
     let stop = super::stop_flag()?;
     let _lock = take_lock(dir)?;
     let groups_dir = dir.join("groups");
@@ -72,7 +77,7 @@ pub fn run(dir: &Path, nbd: Option<&str>, clock: Arc<dyn Clock>, output: Output)
     control::serve(&socket, stop.clone(), move |request| answering.answer(request))
         .failed(format!("cannot listen on {}", socket.display()))?;
     let mut gateway =
-        nbd.map(|address| gateway::serve(dir, address, agent.clock.clone())).transpose()?;
+        nbd.map(|(at, tls)| gateway::serve(dir, at, tls, agent.clock.clone())).transpose()?;
     let nbd = gateway.as_ref().and_then(|g| g.addresses().first()).map(ToString::to_string);
     let count = agent.lock().len();
     output.ready(serde_json::json!({

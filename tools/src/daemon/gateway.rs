@@ -2,11 +2,11 @@
 //!
 //! Each connection is a client of its group's filter socket, so requests,
 //! flushes and their guarantees pass through unchanged, and a filter that is
-//! started again is waited for. Only addresses of this machine are served: TLS
-//! for NBD clients beyond it is not built at the source. A gateway is on the
+//! started again is waited for. Without certificates only
+//! addresses of this machine are served; with them STARTTLS is required of all. A gateway is on the
 //! data path of its own clients only; it goes when the agent goes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,23 +16,28 @@ use blockfilter::engine::Clock;
 use blockfilter::nbd::client::{Client, ClientConfig};
 use blockfilter::nbd::handshake::OpenError;
 use blockfilter::nbd::listen::{Address, Listener};
-use blockfilter::nbd::server::{Exports, Peer, ServerConfig, ServerHandle};
+use blockfilter::nbd::server::{Exports, Peer, ServerHandle};
 
 use super::agent::{group_names, load_config};
 use super::target::is_loopback;
 use crate::cli::disk::parse_disk;
 use crate::errors::{Exit, Failure, IoContext, Outcome};
 
-/// Starts serving on `address`, which must be of this machine.
-pub fn serve(dir: &std::path::Path, address: &str, clock: Arc<dyn Clock>) -> Outcome<ServerHandle> {
-    if !is_loopback(address) {
+/// Starts serving on `address`, which must be of this machine unless there is TLS.
+pub fn serve(
+    dir: &Path,
+    address: &str,
+    tls: Option<&Path>,
+    clock: Arc<dyn Clock>,
+) -> Outcome<ServerHandle> {
+    if tls.is_none() && !is_loopback(address) {
         return Err(Failure::coded(
             Exit::NotAuthorised,
             4,
             format!("disks are not served on {address}"),
         )
-        .why("beyond this machine NBD needs TLS, which the agent does not offer yet")
-        .hint("listen on 127.0.0.1, and reach it through a tunnel"));
+        .why("beyond this machine NBD needs TLS, and no certificate was named")
+        .hint("name a folder of certificates with --tls, or listen on 127.0.0.1"));
     }
     let listener = Listener::bind(&Address::Tcp(address.to_owned())).map_err(|error| {
         Failure::coded(Exit::Busy, 5, "cannot serve NBD")
@@ -40,7 +45,7 @@ pub fn serve(dir: &std::path::Path, address: &str, clock: Arc<dyn Clock>) -> Out
             .hint("choose another address with --nbd")
     })?;
     let exports = Arc::new(DiskExports { dir: dir.to_owned(), clock: clock.clone() });
-    ServerHandle::start(vec![listener], ServerConfig::default(), exports, clock)
+    ServerHandle::start(vec![listener], super::nbd_server(tls)?, exports, clock)
         .failed("cannot serve NBD")
 }
 

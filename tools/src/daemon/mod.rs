@@ -27,6 +27,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use blockfilter::engine::real::RealFiles;
+use blockfilter::nbd::server::ServerConfig;
+
 use crate::errors::{Failure, IoContext, Outcome};
 
 pub mod agent;
@@ -101,4 +104,15 @@ pub fn state_dir(dir: &Path, make: &str) -> Outcome {
         format!("there is no state directory {}", dir.display()),
     )
     .hint(make))
+}
+
+/// An NBD server's limits, and TLS on TCP if there is a folder of certificates.
+pub fn nbd_server(tls: Option<&Path>) -> Outcome<ServerConfig> {
+    let mut config = ServerConfig::default();
+    if let Some(dir) = tls {
+        let tls = replicator::identity::nbd_tls(&RealFiles, dir);
+        config.tls = Some(tls.map_err(|e| target::identity_failure(&e))?);
+        config.tls_required = true;
+    }
+    Ok(config)
 }
