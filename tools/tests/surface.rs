@@ -32,6 +32,7 @@ const SAMPLES: &[(&str, &[&str])] = &[
     ("drill list", &[]),
     ("drill finish", &["x"]),
     ("inspect journal", &["/nonexistent/journal"]),
+    ("inspect store", &["/nonexistent/store"]),
     ("completions", &["bash"]),
     ("run-filter", &["g"]),
     ("run-replicator", &["g"]),

@@ -1,11 +1,12 @@
-//! `inspect journal PATH`: a read-only dump with the production decoders, for
-//! when something is wrong. Takes no locks and changes nothing; of a journal
+//! `inspect journal|store PATH`: a read-only dump with the production decoders,
+//! for when something is wrong. Takes no locks and changes nothing; of a journal
 //! that is in use it shows a moment, and its end may be torn.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use blockfilter::config::{DiskConfig, GroupConfig};
-use blockfilter::engine::real::open_real;
+use blockfilter::engine::real::{RealFiles, open_real};
 use blockfilter::engine::{File, Open};
 use blockfilter::journal::batch::{choose_super, super_offset};
 use blockfilter::journal::format::{JournalSuper, PAGE};
@@ -17,6 +18,7 @@ use uuid::Uuid;
 
 use super::Context;
 use crate::daemon::status::rfc3339;
+use crate::daemon::target::store_failure;
 use crate::errors::{Exit, Failure, IoContext, Outcome};
 
 /// What can be looked into.
@@ -24,6 +26,8 @@ use crate::errors::{Exit, Failure, IoContext, Outcome};
 pub enum InspectCommand {
     /// Dump a journal: super block, chunks, and every batch from the checkpoint on.
     Journal(InspectArgs),
+    /// Dump a target's store: groups, segments, index runs, points, drills.
+    Store(StoreArgs),
 }
 
 /// What to look into.
@@ -33,9 +37,45 @@ pub struct InspectArgs {
     pub path: PathBuf,
 }
 
+/// Arguments of `inspect store`.
+#[derive(Debug, Args)]
+pub struct StoreArgs {
+    /// The target's state directory.
+    pub path: PathBuf,
+    /// Read every frame and index page, and check every checksum.
+    #[arg(long)]
+    pub deep: bool,
+}
+
 /// Runs the command.
 pub fn run(command: &InspectCommand, context: &Context) -> Outcome {
-    let InspectCommand::Journal(args) = command;
+    match command {
+        InspectCommand::Journal(args) => journal(args, context),
+        InspectCommand::Store(args) => store(args, context),
+    }
+}
+
+fn store(args: &StoreArgs, context: &Context) -> Outcome {
+    let files = Arc::new(RealFiles);
+    let document = target::store::inspect(files, &args.path, context.clock.clone(), args.deep)
+        .map_err(|e| store_failure(&e))?;
+    let text = serde_json::to_string_pretty(&document).unwrap_or_default();
+    context.output.answer("Store", &document, &text);
+    match document["damaged"].as_u64() {
+        None | Some(0) => {}
+        Some(count) => {
+            let what = format!("{count} files of {} are damaged", args.path.display());
+            return Err(Failure::coded(Exit::Mismatch, 1, what)
+                .hint("the dump says which; points that need them cannot be read"));
+        }
+    }
+    if !args.deep {
+        context.output.next("standfast inspect store PATH --deep checks every checksum");
+    }
+    Ok(())
+}
+
+fn journal(args: &InspectArgs, context: &Context) -> Outcome {
     let what = format!("cannot inspect {}", args.path.display());
     let file = open_real(&args.path, Open::Read).failed(what.clone())?;
     let len = file.len().failed(what.clone())?;
