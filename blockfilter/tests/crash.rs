@@ -455,3 +455,154 @@ fn damage_inside_the_durable_journal_is_refused() {
     let error = site.open(Arc::new(files), "inline").unwrap_err();
     assert!(error.contains("damaged"), "{error}");
 }
+
+/// A group whose journal died under some writes.
+fn unjournaled(files: &SimFiles, site: &Site, model: &mut Model) -> Volume {
+    site.create(files);
+    files.settle();
+    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+    let path = "/journal".into();
+    files.fail(Fault { op: Some(Op::Write), path, skip: 0, lasting: true, failure: Failure::Io });
+    carry_out(&mut volume, model, &site.clock, &stripe(0, 1));
+    carry_out(&mut volume, model, &site.clock, &Act::Flush);
+    assert_eq!(volume.positions().mode, Mode::Unjournaled);
+    volume
+}
+
+fn stripe(offset: u64, byte: u8) -> Act {
+    Act::Write { disk: 0, offset, data: vec![byte; 4096], fua: false }
+}
+
+/// Turns, a tenth of a second apart.
+fn turns(volume: &mut Volume, clock: &TestClock, count: usize) -> Vec<VolumeEvent> {
+    let mut events = Vec::new();
+    for _ in 0..count {
+        clock.advance(100_000);
+        volume.turn(&mut events);
+    }
+    events
+}
+
+/// Decision 9: a failed sync is an error to whoever waits for it, and is not believed
+/// the second time.
+#[test]
+fn without_a_journal_a_disk_that_fails_to_sync_fails_every_flush() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    let mut model = Model::new();
+    let mut volume = unjournaled(&files, &site, &mut model);
+    let path = "/d0".into();
+    let op = Some(Op::SyncData);
+    files.fail(Fault { op, path, skip: 0, lasting: false, failure: Failure::Io });
+    carry_out(&mut volume, &mut model, &site.clock, &stripe(4096, 2));
+    assert!(!volume.flush(77));
+    let events = turns(&mut volume, &site.clock, 40);
+    let answers: Vec<bool> = events
+        .iter()
+        .filter_map(|e| match e {
+            VolumeEvent::Durable(77) => Some(true),
+            VolumeEvent::Lost(77) => Some(false),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(answers, [false]);
+}
+
+/// What a dead process had written back without a journal is not on stable storage yet.
+#[test]
+fn without_a_journal_a_flush_after_a_kill_still_syncs() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    let mut model = Model::new();
+    let mut volume = unjournaled(&files, &site, &mut model);
+    carry_out(&mut volume, &mut model, &site.clock, &stripe(4096, 2));
+    turns(&mut volume, &site.clock, 3);
+    let positions = volume.positions();
+    assert_eq!(positions.applied, positions.admitted);
+    assert!(positions.durable < positions.admitted, "applied, not synced");
+    drop(volume);
+    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+    carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
+    drop(volume);
+    site.lose_memory();
+    let log = files.log();
+    let after = log.crash_with(log.entries.len(), &mut |_| false);
+    let mut volume = site.open(Arc::new(after), "inline").unwrap();
+    assert!(content(&mut volume) == model, "what was flushed is on the disks");
+}
+
+/// A start without a journal asks for no place in it.
+#[test]
+fn without_a_journal_a_full_one_does_not_hinder_a_restart() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 4);
+    site.create(&files);
+    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+    let mut model = Model::new();
+    let write = |volume: &mut Volume, model: &mut Model, i: u64| {
+        let data = vec![i as u8; 64 * 512];
+        let act = Act::Write { disk: 0, offset: i % 3 * 32768, data, fua: false };
+        carry_out(volume, model, &site.clock, &act);
+    };
+    let mut i = 0;
+    loop {
+        let (used, capacity) = volume.filter().journal_use();
+        if used == capacity {
+            break;
+        }
+        write(&mut volume, &mut model, i);
+        i += 1;
+    }
+    let path = "/journal".into();
+    files.fail(Fault { op: Some(Op::Write), path, skip: 0, lasting: true, failure: Failure::Io });
+    write(&mut volume, &mut model, i);
+    carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
+    assert_eq!(volume.positions().mode, Mode::Unjournaled);
+    // Killed right after a write that begins a chunk.
+    let chunk = |lsn: Lsn| lsn.0 >> 20;
+    for i in i + 1.. {
+        let (offset, data) = (i % 3 * 32768, vec![i as u8; 64 * 512]);
+        until(&mut volume, |v| v.write(0, offset, &data, false));
+        model.0[0][offset as usize..][..data.len()].copy_from_slice(&data);
+        let positions = volume.positions();
+        if chunk(positions.applied) < chunk(positions.admitted) && chunk(positions.admitted) > 3 {
+            break;
+        }
+    }
+    drop(volume);
+    let mut volume = site.open(Arc::new(files), "inline").unwrap();
+    assert!(content(&mut volume) == model);
+}
+
+/// Until it is noted that the journal must not be replayed, nothing newer reaches the disks.
+#[test]
+fn a_dead_journal_that_cannot_be_noted_is_not_overtaken() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    site.create(&files);
+    files.settle();
+    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+    let mut model = Model::new();
+    carry_out(&mut volume, &mut model, &site.clock, &stripe(0, 1));
+    carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
+    let promised = model.hash();
+    for (op, path) in [(Op::Write, "/journal"), (Op::Create, "/unjournaled")] {
+        let (op, path) = (Some(op), path.into());
+        files.fail(Fault { op, path, skip: 0, lasting: true, failure: Failure::Io });
+    }
+    carry_out(&mut volume, &mut model, &site.clock, &stripe(0, 2));
+    assert!(!volume.flush(77));
+    let events = turns(&mut volume, &site.clock, 40);
+    assert!(events.iter().any(|e| matches!(e, VolumeEvent::Lost(77))), "{events:?}");
+    assert!(content(&mut volume) == model);
+    let log = files.log();
+    let after = log.crash_with(log.entries.len(), &mut |_| true);
+    // The note can be written after all.
+    files.heal();
+    turns(&mut volume, &site.clock, 40);
+    carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
+    drop(volume);
+    site.lose_memory();
+    let mut volume = site.open(Arc::new(after), "inline").unwrap();
+    assert_eq!(content(&mut volume).hash(), promised);
+}

@@ -13,6 +13,9 @@ use crate::journal::format::*;
 impl Filter {
     /// Everything sealed but not durable is written (again) to the journal.
     pub(super) fn queue_undurable(&mut self) {
+        if self.mode == Mode::Unjournaled {
+            return;
+        }
         let chunk = self.config.geometry.chunk;
         let batches: Vec<(u64, u64, bool)> = self
             .sealed

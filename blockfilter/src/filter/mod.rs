@@ -163,6 +163,9 @@ pub struct Filter {
     writing_sup: Option<Box<JournalSuper>>,
     want_sup: bool,
     marker: Marker,
+    /// The note could not be written; it is tried again at `retry_marker_at`.
+    marker_failed: bool,
+    retry_marker_at: u64,
     apply: Option<u64>,
     applied_at: u64,
     /// Position and CRC that the running sync of the disks will cover.
@@ -271,6 +274,8 @@ impl Filter {
             writing_sup: None,
             want_sup: true,
             marker: if start.unjournaled { Marker::Done } else { Marker::NotNeeded },
+            marker_failed: false,
+            retry_marker_at: 0,
             apply: None,
             applied_at: now,
             syncing: None,
@@ -306,14 +311,20 @@ impl Filter {
         true
     }
 
-    /// Tokens whose wait is over.
-    pub fn poll_waiter(&mut self) -> Option<u64> {
+    /// Tokens whose wait is over; false: what they wait for can never be promised.
+    pub fn poll_waiter(&mut self) -> Option<(u64, bool)> {
         let (pos, token) = *self.waiters.front()?;
-        if pos > self.durable {
+        let durable = pos <= self.durable;
+        if !durable && !self.promises_nothing() {
             return None;
         }
         self.waiters.pop_front();
-        Some(token)
+        Some((token, durable))
+    }
+
+    /// Neither the journal nor the disks can make anything durable any more.
+    pub fn promises_nothing(&self) -> bool {
+        self.mode == Mode::Unjournaled && self.stall_is_final()
     }
 
     /// Exclusive end of the records that have an LSN.
@@ -335,9 +346,10 @@ impl Filter {
         }
     }
 
-    /// A stalled record will never get room: a disk failed and pins the arena.
+    /// A stalled record will not get room: a disk failed and pins the arena, or the
+    /// journal failed and it cannot even be noted that it must not be replayed.
     pub fn stall_is_final(&self) -> bool {
-        self.failed.contains(&true)
+        self.failed.contains(&true) || self.marker_failed
     }
 
     /// Commit soon, whoever waits.
@@ -531,9 +543,12 @@ impl Filter {
         self.recycle();
     }
 
-    /// The note that the journal is dead is durable (or cannot be written).
-    pub fn handle_mark_unjournaled(&mut self) {
-        self.marker = Marker::Done;
+    /// The note that the journal is dead is durable. Until it is, nothing newer than the
+    /// journal may reach the disks: a start would replay the journal over it.
+    pub fn handle_mark_unjournaled(&mut self, result: &io::Result<()>, now: u64) {
+        self.marker_failed = result.is_err();
+        self.retry_marker_at = now + RETRY_AFTER;
+        self.marker = if self.marker_failed { Marker::Due } else { Marker::Done };
     }
 
     /// A journal error is final (ruling 6): no retry into the same file.
@@ -583,7 +598,7 @@ pub const APPLY_AFTER: u64 = 100_000;
 pub const CHECKPOINT_AFTER: u64 = 1_000_000;
 /// Bytes applied that make a checkpoint due.
 pub const CHECKPOINT_BYTES: u64 = 256 << 20;
-/// Wait before an apply is tried again after ENOSPC, microseconds.
+/// Wait before an apply is tried again after ENOSPC, or the note after an error, microseconds.
 pub const RETRY_AFTER: u64 = 1_000_000;
 /// Most bytes of one apply window.
 pub const WINDOW_MAX: u64 = 64 << 20;

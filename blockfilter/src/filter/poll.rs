@@ -25,6 +25,12 @@ impl Filter {
     pub fn poll_timeout(&self) -> Option<u64> {
         let mut due: Option<u64> = None;
         let mut at = |t: u64| due = Some(due.map_or(t, |d| d.min(t)));
+        if self.marker_failed {
+            return Some(self.retry_marker_at);
+        }
+        if self.promises_nothing() {
+            return None;
+        }
         let unsealed = !self.open.descs.is_empty() || !self.segments.is_empty();
         if unsealed && self.commit.is_none() {
             at(self.open.since + COMMIT_AFTER);
@@ -182,6 +188,10 @@ impl Filter {
 
     /// Without a journal, durable means on the disks and synced.
     pub(super) fn poll_unjournaled(&mut self, mem: &mut impl Memory, now: u64) -> Option<Action> {
+        if self.failed.contains(&true) {
+            // A sync that failed is never tried again and believed (decision 9).
+            return None;
+        }
         match self.marker {
             Marker::Applying if self.apply.is_some() || self.syncing.is_some() => return None,
             Marker::Applying if self.applied < self.durable => {
@@ -193,6 +203,7 @@ impl Filter {
                 self.syncing = Some((self.applied, self.applied_crc));
                 return Some(Action::SyncDisks);
             }
+            Marker::Due if now < self.retry_marker_at => return None,
             Marker::Due => {
                 self.marker = Marker::Running;
                 return Some(Action::MarkUnjournaled);

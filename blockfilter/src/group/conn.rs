@@ -522,6 +522,14 @@ impl Conn {
         }
     }
 
+    /// What a request waited for cannot be made durable.
+    pub fn handle_lost(&mut self, token: u64) {
+        let structured = self.structured();
+        if let Some(waiting) = self.take(token) {
+            reply_error(&mut self.out, structured, &waiting.header, Errno::Io);
+        }
+    }
+
     /// A read's bytes are there.
     pub fn handle_read(&mut self, token: u64, result: Result<Vec<u8>, Errno>) {
         let structured = self.structured();

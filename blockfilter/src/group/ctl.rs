@@ -189,6 +189,16 @@ impl Ctl {
         }
     }
 
+    /// What a Commit or Mark waited for cannot be made durable.
+    pub fn handle_lost(&mut self) {
+        match self.pending.take() {
+            Some(Pending::Commit | Pending::Marked { .. }) => self.answer(&Reply::Failed {
+                message: "neither the journal nor the disks can be made durable".into(),
+            }),
+            other => self.pending = other,
+        }
+    }
+
     /// Queues an answer.
     pub fn answer(&mut self, reply: &Reply) {
         match serde_json::to_vec(reply) {

@@ -137,15 +137,20 @@ impl Server {
             let any = !events.is_empty();
             for event in events.drain(..) {
                 let (VolumeEvent::Durable(token)
+                | VolumeEvent::Lost(token)
                 | VolumeEvent::Read { token, .. }
                 | VolumeEvent::Extents { token, .. }) = &event;
                 let (token, id) = (*token, *token >> 32);
                 touched.push(id);
                 if let Some(ctl) = self.ctls.get_mut(&id) {
-                    ctl.handle_durable(token, &self.volume);
+                    match event {
+                        VolumeEvent::Lost(_) => ctl.handle_lost(),
+                        _ => ctl.handle_durable(token, &self.volume),
+                    }
                 } else if let Some((conn, _)) = self.conns.get_mut(&id) {
                     match event {
                         VolumeEvent::Durable(_) => conn.handle_durable(token),
+                        VolumeEvent::Lost(_) => conn.handle_lost(token),
                         VolumeEvent::Read { result, .. } => conn.handle_read(token, result),
                         VolumeEvent::Extents { result, .. } => conn.handle_extents(token, result),
                     }
@@ -344,7 +349,7 @@ impl Server {
             }
             Some((_, false)) => {
                 let positions = self.volume.positions();
-                positions.durable >= positions.admitted
+                positions.durable >= positions.admitted || self.volume.filter().promises_nothing()
             }
         }
     }

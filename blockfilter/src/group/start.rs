@@ -327,8 +327,9 @@ fn warm(
         sup: JournalSuper { ship_floor: ship_floor.into(), ..*sup },
         applied,
         applied_crc,
-        // The dead process may not have come to publish what it knew (I3).
-        durable: if dead { applied } else { durable.max(applied) },
+        // With a journal, what was applied was durable before (I3), even if the dead
+        // process did not come to say so. Without one it still has to be synced.
+        durable: if dead { durable.min(applied) } else { durable.max(applied) },
         sealed: sealed.into_iter().map(|(batch, _)| batch).collect(),
         open,
         unjournaled: dead,

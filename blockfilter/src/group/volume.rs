@@ -84,6 +84,8 @@ pub enum ReadOutcome {
 pub enum VolumeEvent {
     /// What the token waited for is durable.
     Durable(u64),
+    /// What the token waited for cannot be made durable.
+    Lost(u64),
     /// A read is done.
     Read {
         /// As given.
@@ -377,8 +379,14 @@ impl Volume {
             let mut done = std::mem::take(&mut self.done);
             self.engine.reap(&mut done);
             for item in done.drain(..) {
-                room |=
-                    matches!(item, Done::Apply(_) | Done::WriteSuper(_) | Done::MarkUnjournaled(_));
+                // A disk that fails to sync ends the wait too, with an error.
+                room |= matches!(
+                    item,
+                    Done::Apply(_)
+                        | Done::WriteSuper(_)
+                        | Done::MarkUnjournaled(_)
+                        | Done::SyncDisks(Err(_))
+                );
                 self.handle(item, events, now);
             }
             self.done = done;
@@ -392,8 +400,11 @@ impl Volume {
             }
         }
         self.publish();
-        while let Some(token) = self.filter.poll_waiter() {
-            events.push(VolumeEvent::Durable(token));
+        while let Some((token, durable)) = self.filter.poll_waiter() {
+            events.push(match durable {
+                true => VolumeEvent::Durable(token),
+                false => VolumeEvent::Lost(token),
+            });
         }
         room
     }
@@ -425,10 +436,10 @@ impl Volume {
                 self.filter.handle_write_super(&result);
             }
             Done::MarkUnjournaled(result) => {
-                if let Err(error) = result {
+                if let Err(error) = &result {
                     tracing::error!(%error, "the note that the journal is dead cannot be written");
                 }
-                self.filter.handle_mark_unjournaled();
+                self.filter.handle_mark_unjournaled(&result, now);
             }
             Done::Apply(result) => {
                 if let Err((disk, error)) = &result {
