@@ -151,6 +151,10 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
     };
     let global = &cli.global;
     let output = Output { json: global.json, quiet: global.quiet, no_progress: global.no_progress };
+    let hidden = matches!(
+        cli.command,
+        Command::RunFilter(_) | Command::RunReplicator(_) | Command::RunFuse(_)
+    );
     let outcome = std::path::absolute(&global.dir)
         .map_err(|e| Failure::io(format!("cannot use {}", global.dir.display()), &e))
         .and_then(|dir| {
@@ -163,7 +167,12 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            output.failure(&failure);
+            if hidden && !output.json {
+                // The last line of the log is what `status` and the agent show.
+                tracing::error!(code = failure.code, "{failure}");
+            } else {
+                output.failure(&failure);
+            }
             ExitCode::from(failure.exit as u8)
         }
     }

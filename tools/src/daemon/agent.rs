@@ -272,9 +272,12 @@ impl Agent {
             ..ProcessStatus::default()
         }];
         let mut wanted = Vec::new();
+        let mut ends = BTreeMap::new();
         for (name, managed) in self.lock().iter() {
             if group.is_none_or(|g| g == name) {
                 processes.extend(managed.workers.iter().map(Worker::status));
+                let filter = managed.workers.iter().find(|w| w.role() == "filter");
+                ends.insert(name.to_string(), filter.and_then(Worker::last_end));
                 wanted.push((managed.config.clone(), managed.paths.clone()));
             }
         }
@@ -283,7 +286,11 @@ impl Agent {
         {
             load_config(&self.dir, group)?;
         }
-        Ok(Reply::document(&document(&self.dir, &wanted, processes)))
+        let mut status = document(&self.dir, &wanted, processes);
+        for group in status.groups.iter_mut().filter(|g| g.lsn.durable.is_none()) {
+            group.reasons.extend(ends.remove(&group.group).flatten());
+        }
+        Ok(Reply::document(&status))
     }
 }
 

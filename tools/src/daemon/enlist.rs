@@ -15,6 +15,7 @@ use blockfilter::config::{GroupConfig, GroupPaths};
 use blockfilter::control::{Client, Reply, Request};
 use blockfilter::engine::real::RealFiles;
 use blockfilter::engine::{Clock, Files};
+use blockfilter::group::RunError;
 use blockfilter::names::Name;
 
 use super::agent::{group_names, load_config, role_lock};
@@ -50,8 +51,14 @@ pub fn check_unprotected(dir: &Path, group: &Name, paths: &[PathBuf]) -> Outcome
     Ok(())
 }
 
-/// Room for the journal where it will be, and for the arena in memory.
+/// Nothing where the journal will be, room for it, and for the arena in memory.
 pub fn check_room(config: &GroupConfig) -> Outcome {
+    if config.journal.exists() {
+        let what = format!("{} exists already", config.journal.display());
+        return Err(Failure::coded(Exit::Busy, 14, what)
+            .why("a journal is never made over another file")
+            .hint("remove it, or choose another path with --journal"));
+    }
     let folder = config.journal.parent().unwrap_or(Path::new("/"));
     // The group's own folder is made later: ask the nearest one that exists.
     let existing = folder.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
@@ -87,12 +94,6 @@ pub fn make(
     stop: &AtomicBool,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Outcome {
-    if config.journal.exists() {
-        let what = format!("{} exists already", config.journal.display());
-        return Err(Failure::coded(Exit::Busy, 14, what)
-            .why("a journal is never made over another file")
-            .hint("remove it, or choose another path with --journal"));
-    }
     super::private_dir(paths.dir())?;
     let mut step = |done, total| {
         progress(done, total);
@@ -208,8 +209,13 @@ pub fn drain(config: &GroupConfig, paths: &GroupPaths, clock: &dyn Clock) -> Out
     }
     let _held = RoleLock::take(&lock)
         .map_err(|error| Failure::coded(Exit::Busy, 16, what.clone()).why(error.to_string()))?;
-    blockfilter::group::drain(config, paths)
-        .map_err(|error| Failure::new(Exit::Failed, what).why(error.to_string()).hint(hint))
+    blockfilter::group::drain(config, paths).map_err(|error| {
+        let exit = match error {
+            RunError::Start(_) => Exit::WrongState,
+            RunError::Serve(_) => Exit::Failed,
+        };
+        Failure::coded(exit, 23, what).why(error.to_string()).hint(hint)
+    })
 }
 
 /// Removes a drained group: configuration first, so that it no longer exists,
