@@ -8,6 +8,8 @@
 //! * the incarnation grows, and its history says where the last one ended;
 //! * the target's next batches are still in the journal while it is shipping (I5).
 
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::path::Path;
 
 use blockfilter::control::Mode;

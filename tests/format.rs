@@ -2,6 +2,8 @@
 //! stores and peers in the field, so it must show here. A deliberate change (a new
 //! version) is recorded with `UPDATE_GOLDEN=1 cargo test -p e2e --test format`.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::fmt::Write as _;
 use std::path::Path;
 

@@ -1,6 +1,8 @@
 //! kill -9 of the filter process: nothing that was answered is lost, and what
 //! was not answered does not happen later.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;

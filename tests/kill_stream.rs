@@ -2,6 +2,8 @@
 //! is being written: the stream resumes where the target is durable, with no
 //! gap and no repeat, and every point stays a prefix.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;

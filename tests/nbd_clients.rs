@@ -1,6 +1,8 @@
 //! Other people's NBD clients against both of our servers as they are shipped:
 //! `standfast serve`, and a protected disk (the filter's own event loop).
 
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};

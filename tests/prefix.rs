@@ -2,6 +2,8 @@
 //! of its group: old points and new ones, those of the seed's end and tagged
 //! ones, while several writers write to both disks.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 

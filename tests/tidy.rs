@@ -1,6 +1,8 @@
 //! Rules about the sources that no linter knows. Each test names every
 //! violation at once, as `file:line: what`.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -240,8 +240,7 @@ impl Server {
             }
             // Requests may have waited in the window for answers to leave: as long as
             // all of them leave at once nothing else would wake this connection.
-            loop {
-                let Some((conn, old)) = self.conns.get_mut(id) else { break };
+            while let Some((conn, old)) = self.conns.get_mut(id) {
                 let had = conn.has_output();
                 if conn.flush_output(now).is_err() {
                     self.close(*id);
