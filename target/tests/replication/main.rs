@@ -1,6 +1,8 @@
 //! Source and target over TLS on this machine, with the real store: seeding a
 //! disk in use, following it, cutting the line anywhere, refusing strangers.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
