@@ -1,6 +1,8 @@
 //! The command surface: every leaf of the clap tree takes `--json`, and answers
 //! success and failure with JSON alone.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::path::Path;
 use std::process::{Command, Stdio};
 
