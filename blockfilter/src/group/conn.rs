@@ -161,7 +161,7 @@ impl Conn {
         shared: &mut Shared,
         now: u64,
     ) -> io::Result<Progress> {
-        for _ in 0..ROUNDS {
+        for round in 0.. {
             if let Phase::Handshake(_) = self.phase {
                 self.moved_at = self.moved_at.min(now);
                 if !self.shake(volume, shared)? {
@@ -174,11 +174,12 @@ impl Conn {
                     other => return Ok(other),
                 }
             }
-            if !self.receive(now)? {
-                return Ok(Progress::Input);
+            // Fairness: others first. Only after what was received is done: nothing but
+            // the socket, which may be empty by now, brings us here again.
+            if round == ROUNDS || !self.receive(now)? {
+                break;
             }
         }
-        // Fairness: others first; the socket is still readable.
         Ok(Progress::Input)
     }
 
@@ -497,6 +498,7 @@ impl Conn {
     }
 
     fn wait(&mut self, header: Header, bytes: u64, one: bool) -> u64 {
+        let bytes = bytes.max(WAIT_COST);
         let seq = self.next_seq;
         self.next_seq = self.next_seq.wrapping_add(1);
         self.waiting.insert(seq, Waiting { header, bytes, one });
@@ -558,7 +560,8 @@ impl Conn {
 
     /// Sends what is there; what the socket does not take stays.
     pub fn flush_output(&mut self, now: u64) -> io::Result<()> {
-        if self.send()? > 0 {
+        // The handshake's time is for the whole of it.
+        if self.send()? > 0 && !matches!(self.phase, Phase::Handshake(_)) {
             self.moved_at = now;
         }
         Ok(())
@@ -670,6 +673,8 @@ const OUT_MAX: usize = 4 << 20;
 const OUT_KEEP: usize = 1 << 20;
 /// No request is begun while reads of more than this are under way, bytes.
 const IN_FLIGHT_MAX: u64 = 16 << 20;
+/// What a request that waits counts at least, bytes: it bounds their number.
+const WAIT_COST: u64 = 4096;
 /// Receives in a row before the others get their turn.
 const ROUNDS: usize = 16;
 /// The whole handshake, microseconds.
