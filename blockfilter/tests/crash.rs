@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,9 +15,11 @@ use blockfilter::control::Mode;
 use blockfilter::engine::blocking::Blocking;
 use blockfilter::engine::queue::{Engine, Inline};
 use blockfilter::engine::real::RealFiles;
+use blockfilter::engine::record::crash::{Change, Entry, Unsynced};
 use blockfilter::engine::record::{Failure, Fault, Op, Rng, SimFiles, Sweep, for_each_crash};
 use blockfilter::engine::uring::Uring;
 use blockfilter::engine::{Clock, Files, Open};
+use blockfilter::group::conn::{Conn, Progress, Shared};
 use blockfilter::group::serve::{settle, wait_until};
 use blockfilter::group::start::recover;
 use blockfilter::group::volume::{Refusal, Volume, VolumeEvent};
@@ -289,7 +293,7 @@ fn after_a_kill_every_acknowledged_write_is_there() {
             assert!(content(&mut volume) == model, "seed {seed}, life {life}");
             assert_eq!(volume.positions().incarnation, 1, "no unclean start happened");
             if life == 3 {
-                volume.filter().begin_seed().unwrap();
+                volume.begin_seed().unwrap();
             }
             for _ in 0..rng.below(160) {
                 stamp += 1;
@@ -297,7 +301,7 @@ fn after_a_kill_every_acknowledged_write_is_there() {
                 carry_out(&mut volume, &mut model, &site.clock, &act);
                 // A target that keeps up: slots are given up long before a super block says so.
                 let durable = volume.positions().durable;
-                volume.filter().ship_floor(durable.0);
+                volume.ship_floor(durable.0);
             }
             assert!(content(&mut volume) == model);
         }
@@ -337,7 +341,7 @@ fn the_reader_sees_every_record_once_and_in_order() {
         let site = site(dir.path(), 24);
         site.create(&RealFiles);
         let mut volume = site.open(Arc::new(RealFiles), engine).unwrap();
-        let s = volume.filter().begin_seed().unwrap();
+        let s = volume.begin_seed().unwrap();
         let mut reader = JournalReader::open(&site.config).unwrap();
         let mut rng = Rng::new(21);
         let (mut model, mut copy) = (Model::new(), Model::new());
@@ -383,7 +387,7 @@ fn a_full_journal_freezes_durably_and_blocks_no_write() {
     let site = site(Path::new("/"), 6);
     site.create(&files);
     let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
-    volume.filter().begin_seed().unwrap();
+    volume.begin_seed().unwrap();
     let mut model = Model::new();
     for i in 0..600 {
         site.clock.advance(30_000);
@@ -396,7 +400,7 @@ fn a_full_journal_freezes_durably_and_blocks_no_write() {
     let mut volume = site.open(Arc::new(files), "inline").unwrap();
     assert_eq!(volume.positions().mode, Mode::Frozen, "durably");
     assert!(content(&mut volume) == model);
-    let s = volume.filter().begin_seed().unwrap();
+    let s = volume.begin_seed().unwrap();
     assert_eq!(volume.positions().mode, Mode::Shipping);
     assert_eq!(volume.positions().ship_floor, Lsn(s));
 }
@@ -605,4 +609,186 @@ fn a_dead_journal_that_cannot_be_noted_is_not_overtaken() {
     site.lose_memory();
     let mut volume = site.open(Arc::new(after), "inline").unwrap();
     assert_eq!(content(&mut volume).hash(), promised);
+}
+
+/// The last write of one record, as `(log entry, first sector)` of its header and payload.
+fn last_record(files: &SimFiles) -> (usize, u64) {
+    let log = files.log();
+    let found = log.entries.iter().enumerate().rev().find_map(|(i, entry)| match entry {
+        Entry::Change(_, Change::Write { offset, data }) if data.len() == 8192 => {
+            Some((i, offset / 512))
+        }
+        _ => None,
+    });
+    found.unwrap()
+}
+
+/// A header that an earlier incarnation left behind its end does not come back to life
+/// when the payload beside it is torn off a later write of the same bytes.
+#[test]
+fn a_leftover_of_an_earlier_incarnation_is_never_completed() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    site.create(&files);
+    files.settle();
+    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+    let mut model = Model::new();
+    carry_out(&mut volume, &mut model, &site.clock, &stripe(8192, 1));
+    carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
+    let mut lost = model.clone();
+    carry_out(&mut volume, &mut lost, &site.clock, &stripe(0, 7));
+    turns(&mut volume, &site.clock, 1);
+    drop(volume);
+    site.lose_memory();
+    let (entry, sector) = last_record(&files);
+    let header = |u: Unsynced| u.entry == entry && u.sector.is_some_and(|s| s < sector + 8);
+    let files = files.log().crash_with(entry + 1, &mut |u| header(u));
+
+    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+    assert!(content(&mut volume) == model);
+    carry_out(&mut volume, &mut lost, &site.clock, &stripe(4096, 7));
+    turns(&mut volume, &site.clock, 1);
+    drop(volume);
+    site.lose_memory();
+    let (entry, again) = last_record(&files);
+    assert_eq!(again, sector, "the same place");
+    let payload = |u: Unsynced| u.entry == entry && u.sector.is_some_and(|s| s >= sector + 8);
+    let files = files.log().crash_with(entry + 1, &mut |u| payload(u));
+    let mut volume = site.open(Arc::new(files), "inline").unwrap();
+    assert!(content(&mut volume) == model, "only what was flushed");
+}
+
+/// Ruling 6: a full file system is not the end of a disk.
+#[test]
+fn a_full_disk_goes_on_when_there_is_space_again() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    site.create(&files);
+    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+    let mut model = Model::new();
+    let (op, path) = (Some(Op::Write), "/d0".into());
+    files.fail(Fault { op, path, skip: 0, lasting: true, failure: Failure::NoSpace });
+    carry_out(&mut volume, &mut model, &site.clock, &stripe(0, 1));
+    turns(&mut volume, &site.clock, 5);
+    let refused = volume.write(0, 0, &[2; 512], false);
+    assert_eq!(refused, Err(Refusal::Fail(blockfilter::block::Errno::NoSpc)));
+    files.heal();
+    turns(&mut volume, &site.clock, 40);
+    let positions = volume.positions();
+    assert_eq!((positions.applied, positions.mode), (positions.admitted, Mode::New));
+    carry_out(&mut volume, &mut model, &site.clock, &stripe(0, 2));
+    assert!(content(&mut volume) == model);
+}
+
+/// A kill right after the first use of a slot that the target's word freed.
+#[test]
+fn a_slot_freed_by_the_target_is_free_after_a_kill_too() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    site.create(&files);
+    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+    volume.begin_seed().unwrap();
+    let mut model = Model::new();
+    let chunk = |lsn: Lsn| lsn.0 >> 20;
+    let data = vec![5; 64 * 512];
+    for (last, wait) in [(3, 1_100_000), (5, 0)] {
+        while chunk(volume.positions().admitted) < last {
+            let act = Act::Write { disk: 0, offset: 0, data: data.clone(), fua: false };
+            carry_out(&mut volume, &mut model, &site.clock, &act);
+        }
+        carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
+        carry_out(&mut volume, &mut model, &site.clock, &Act::Wait(wait));
+    }
+    turns(&mut volume, &site.clock, 1);
+    let (used, capacity) = volume.filter().journal_use();
+    assert_eq!((used, volume.positions().mode), (capacity, Mode::Shipping));
+    let durable = volume.positions().durable;
+    volume.ship_floor(durable.0);
+    while chunk(volume.positions().admitted) < 6 {
+        volume.write(0, 0, &data, false).unwrap();
+    }
+    drop(volume);
+    let mut volume = site.open(Arc::new(files), "inline").unwrap();
+    assert!(content(&mut volume) == model);
+}
+
+/// A connection to `volume` over `kind`, its handshake sent, and the client's end.
+fn connect(kind: rustix::net::SocketType, now: u64) -> (Conn, Shared, UnixStream) {
+    let flags = rustix::net::SocketFlags::NONBLOCK | rustix::net::SocketFlags::CLOEXEC;
+    let unix = rustix::net::AddressFamily::UNIX;
+    let (ours, theirs) = rustix::net::socketpair(unix, kind, flags, None).unwrap();
+    let shared =
+        Shared { exports: vec!["g.d0".into(), "g.d1".into()], staged: 0, staged_max: 1 << 20 };
+    let conn = Conn::new(1, ours.into(), now);
+    let mut client = UnixStream::from(theirs);
+    let mut hello = 3u32.to_be_bytes().to_vec();
+    hello.extend(b"IHAVEOPT");
+    hello.extend(1u32.to_be_bytes());
+    hello.extend(4u32.to_be_bytes());
+    hello.extend(b"g.d0");
+    client.write_all(&hello).unwrap();
+    (conn, shared, client)
+}
+
+fn flush_request(cookie: u64) -> Vec<u8> {
+    let mut request = 0x2560_9513_u32.to_be_bytes().to_vec();
+    request.extend([0, 0, 0, 3]);
+    request.extend(cookie.to_be_bytes());
+    request.extend([0; 12]);
+    request
+}
+
+/// Whatever was received is carried out, however many receives it took: the socket may be
+/// empty then, and would never call for it again.
+#[test]
+fn the_last_request_received_in_a_turn_is_answered() {
+    for count in 10..24 {
+        let files = SimFiles::new();
+        let site = site(Path::new("/"), 6);
+        site.create(&files);
+        let mut volume = site.open(Arc::new(files), "inline").unwrap();
+        // One packet a receive.
+        let (mut conn, mut shared, mut client) =
+            connect(rustix::net::SocketType::SEQPACKET, site.clock.mono_us());
+        for cookie in 0..count {
+            client.write_all(&flush_request(cookie)).unwrap();
+        }
+        // As often as the socket calls.
+        let readable = |conn: &Conn| {
+            let flags = rustix::event::PollFlags::IN;
+            let mut fds = [rustix::event::PollFd::from_borrowed_fd(conn.fd(), flags)];
+            let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
+            rustix::event::poll(&mut fds, Some(&now)).unwrap() > 0
+        };
+        while readable(&conn) {
+            assert_eq!(conn.progress(&mut volume, &mut shared, 0), Progress::Input);
+        }
+        conn.flush_output(0).unwrap();
+        let mut answers = vec![0; 1 << 16];
+        let got = client.read(&mut answers).unwrap();
+        let last = &answers[got - 8..got];
+        assert_eq!(last, (count - 1).to_be_bytes(), "{count} requests");
+    }
+}
+
+/// I24: requests without payload are bounded too.
+#[test]
+fn a_client_cannot_keep_any_number_of_flushes_waiting() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    site.create(&files);
+    let mut volume = site.open(Arc::new(files), "inline").unwrap();
+    volume.write(0, 0, &[1; 512], false).unwrap();
+    let (mut conn, mut shared, mut client) =
+        connect(rustix::net::SocketType::STREAM, site.clock.mono_us());
+    for cookie in 0.. {
+        assert!(cookie < 20_000, "all of them wait");
+        match client.write(&flush_request(cookie)) {
+            Ok(count) => assert_eq!(count, 28),
+            Err(_) => panic!("the socket is full"),
+        }
+        if conn.progress(&mut volume, &mut shared, 0) == Progress::Output {
+            break;
+        }
+    }
 }

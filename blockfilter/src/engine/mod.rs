@@ -150,17 +150,28 @@ pub fn read_file(files: &dyn Files, path: &Path, max: u64) -> io::Result<Vec<u8>
     Ok(data)
 }
 
+/// The file system, or our share of it, is full.
+pub fn no_space(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
 /// A file whose first failed write or sync is remembered for ever (decision 9).
 #[derive(Debug)]
 pub struct Latched {
     inner: Arc<dyn File>,
     failed: OnceLock<io::ErrorKind>,
+    full_is_final: bool,
 }
 
 impl Latched {
     /// Wraps `inner`.
     pub fn new(inner: Arc<dyn File>) -> Self {
-        Self { inner, failed: OnceLock::new() }
+        Self { inner, failed: OnceLock::new(), full_is_final: true }
+    }
+
+    /// As [`Latched::new`], but a write that found no space may be tried again (ruling 6).
+    pub fn retried_when_full(inner: Arc<dyn File>) -> Self {
+        Self { inner, failed: OnceLock::new(), full_is_final: false }
     }
 
     /// The first failure, if there was one.
@@ -168,12 +179,18 @@ impl Latched {
         self.failed.get().copied()
     }
 
-    fn guard<T>(&self, act: impl FnOnce(&dyn File) -> io::Result<T>) -> io::Result<T> {
+    fn guard<T>(
+        &self,
+        full_is_final: bool,
+        act: impl FnOnce(&dyn File) -> io::Result<T>,
+    ) -> io::Result<T> {
         if let Some(kind) = self.failed.get() {
             return Err(io::Error::new(*kind, "an earlier write or sync of this file failed"));
         }
         act(self.inner.as_ref()).inspect_err(|error| {
-            let _ = self.failed.set(error.kind());
+            if full_is_final || !no_space(error) {
+                let _ = self.failed.set(error.kind());
+            }
         })
     }
 }
@@ -186,25 +203,25 @@ impl File for Latched {
         self.inner.read_nowait(offset, buf)
     }
     fn write_all_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.guard(|f| f.write_all_at(offset, data))
+        self.guard(self.full_is_final, |f| f.write_all_at(offset, data))
     }
     fn write_vectored_at(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
-        self.guard(|f| f.write_vectored_at(offset, parts))
+        self.guard(self.full_is_final, |f| f.write_vectored_at(offset, parts))
     }
     fn sync_data(&self) -> io::Result<()> {
-        self.guard(|f| f.sync_data())
+        self.guard(true, |f| f.sync_data())
     }
     fn len(&self) -> io::Result<u64> {
         self.inner.len()
     }
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.guard(|f| f.set_len(len))
+        self.guard(self.full_is_final, |f| f.set_len(len))
     }
     fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
         self.inner.allocate(offset, len)
     }
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.guard(|f| f.punch(offset, len))
+        self.guard(self.full_is_final, |f| f.punch(offset, len))
     }
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
         self.inner.next_data(offset)

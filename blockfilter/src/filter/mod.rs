@@ -27,6 +27,7 @@ use std::io;
 use crate::apply::SealedBatch;
 use crate::block::Errno;
 use crate::control::{Mode, Positions};
+use crate::engine::no_space;
 use crate::journal::chunks::{ChunkGeometry, Slots};
 use crate::journal::format::*;
 use crate::names::Lsn;
@@ -491,7 +492,7 @@ impl Filter {
         let Some(to) = self.apply.take() else { return };
         self.applied_at = now;
         if let Err((disk, error)) = result {
-            if error.kind() == io::ErrorKind::StorageFull {
+            if no_space(&error) {
                 self.no_space[usize::from(disk)] = true;
                 self.retry_apply_at = now + RETRY_AFTER;
             } else {

@@ -122,10 +122,10 @@ impl Ctl {
                 }
             }
             Request::ShipFloor { lsn } => {
-                volume.filter().ship_floor(lsn.0);
+                volume.ship_floor(lsn.0);
                 self.answer(&Reply::Positions(volume.positions()));
             }
-            Request::BeginSeed => match volume.filter().begin_seed() {
+            Request::BeginSeed => match volume.begin_seed() {
                 Some(s) => {
                     let seq = volume.filter().super_seq_due();
                     self.pending = Some(Pending::Seed { s, seq });

@@ -164,7 +164,10 @@ pub fn recover(
     let make = |arena: Arc<Arena>| {
         Arc::new(Target {
             journal: journal.clone(),
-            disks: disks.iter().map(|d| Arc::new(Latched::new(d.clone())) as _).collect(),
+            disks: disks
+                .iter()
+                .map(|d| Arc::new(Latched::retried_when_full(d.clone())) as _)
+                .collect(),
             holes: config.disks.iter().map(|d| files.holes_are_true(&d.path)).collect(),
             dirty: disks.iter().map(|_| true.into()).collect(),
             arena,

@@ -359,6 +359,20 @@ impl Volume {
         !self.filter.wait_durable(pos, token)
     }
 
+    /// The target holds everything below `pos`. Said in the arena before a slot that this
+    /// frees can be used: a start after a kill must find it free too (I5).
+    pub fn ship_floor(&mut self, pos: u64) {
+        self.filter.ship_floor(pos);
+        self.publish();
+    }
+
+    /// As [`Filter::begin_seed`].
+    pub fn begin_seed(&mut self) -> Option<u64> {
+        let s = self.filter.begin_seed();
+        self.publish();
+        s
+    }
+
     /// Admits a mark; its point's position. Stalled if there is no room yet.
     pub fn mark(&mut self, tag: &[u8], app: bool) -> Result<u64, Refusal> {
         let now = self.clock.mono_us();

@@ -142,7 +142,9 @@ pub fn scan(file: &dyn File, config: &GroupConfig) -> Result<Scanned, OpenError>
         Scanner { file, geometry: geometry_of(&sup), id: short_id(&sup.journal_uuid) };
     let mut at = checkpoint;
     let mut crc = sup.checkpoint_prev_crc.get();
-    let mut incarnation = 0;
+    // The checkpoint is not below the incarnation's start: what an earlier one left
+    // behind its end is never taken, not even if a torn rewrite completes it.
+    let mut incarnation = sup.incarnation.get();
     let mut batches = Vec::new();
     loop {
         let found = scanner.batch_at(&slots, at)?;
