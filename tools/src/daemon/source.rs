@@ -289,7 +289,8 @@ mod tests {
     #[test]
     fn protected_is_only_said_of_a_connected_consistent_recent_target() {
         assert_eq!(judge(&view(Mode::Shipping, Some(streaming()))).state, "protected");
-        let cases: [(&str, fn(&mut ReplicatorView)); 5] = [
+        type Change = fn(&mut ReplicatorView);
+        let cases: [(&str, Change); 5] = [
             ("lagging", |r| r.connected = false),
             ("lagging", |r| r.rpo_seconds = Some(100.0)),
             ("lagging", |r| r.rpo_seconds = None),
