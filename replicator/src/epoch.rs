@@ -68,6 +68,7 @@ pub struct EpochError(pub u64, pub &'static str);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Caught up, after a batch that a FLUSH waited for: not before, microseconds.
+    /// Each end is a point that the target keeps, and one sync there.
     pub min_us: u64,
     /// Caught up: not after, microseconds.
     pub max_us: u64,
@@ -82,7 +83,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            min_us: 5_000,
+            min_us: 20_000,
             max_us: 100_000,
             behind_us: 1_000_000,
             bytes: 32 << 20,

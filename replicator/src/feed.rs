@@ -119,6 +119,9 @@ fn follow(
         durable = positions.durable;
         *lock(&shared.known) = Known { positions, at_us: clock.mono_us() };
         wake.wake();
+        // A database may commit thousands of times a second: epochs take
+        // longer, and each question costs the filter time.
+        std::thread::sleep(FOLLOW_EVERY);
     }
     Ok(())
 }
@@ -148,4 +151,5 @@ impl Drop for Feed {
 }
 
 const FOLLOW: Duration = Duration::from_millis(50);
+const FOLLOW_EVERY: Duration = Duration::from_millis(4);
 const FLOOR_WAIT: Duration = Duration::from_millis(100);

@@ -234,8 +234,8 @@ fn an_epoch_closes_by_time_only_when_caught_up_and_sooner_after_a_flush() {
     assert!(builder.poll(1_000_000, false).unwrap().is_none());
     assert!(builder.poll(100_999, true).unwrap().is_none());
     builder.push([batch(next, 1, &[write(1, 1, 1), Op::Flush], 10)], Lsn(next), 3000).unwrap();
-    assert!(builder.poll(5_999, true).unwrap().is_none());
-    assert!(builder.poll(6_000, true).unwrap().is_some());
+    assert!(builder.poll(20_999, true).unwrap().is_none());
+    assert!(builder.poll(21_000, true).unwrap().is_some());
 }
 
 #[test]
