@@ -78,6 +78,9 @@ pub enum Word {
     AppliedCrc = 96,
     /// The target holds everything below, as last told: decides which slots are free.
     ShipFloor = 104,
+    /// Not 0 while a sync of the disks runs, and for ever once one failed: what was
+    /// written since the checkpoint may be gone, and only writing it again helps.
+    Syncing = 112,
 }
 
 /// A mapped arena.

@@ -792,3 +792,33 @@ fn a_client_cannot_keep_any_number_of_flushes_waiting() {
         }
     }
 }
+
+/// Decision 9: a restart does not sync once more and believe it. What the failed sync may
+/// have lost is written again first.
+#[test]
+fn a_failed_sync_of_a_disk_is_not_believed_after_a_restart() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    site.create(&files);
+    files.settle();
+    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+    let mut model = Model::new();
+    let (op, path) = (Some(Op::SyncData), "/d0".into());
+    files.fail(Fault { op, path, skip: 0, lasting: false, failure: Failure::Io });
+    carry_out(&mut volume, &mut model, &site.clock, &stripe(0, 1));
+    carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
+    turns(&mut volume, &site.clock, 30);
+    assert_eq!(volume.positions().mode, Mode::BackingFailed);
+    drop(volume);
+    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+    assert_eq!(volume.positions().incarnation, 1, "warm");
+    turns(&mut volume, &site.clock, 30);
+    let positions = volume.positions();
+    assert_eq!((positions.checkpoint, positions.mode), (positions.admitted, Mode::New));
+    drop(volume);
+    site.lose_memory();
+    let log = files.log();
+    let after = log.crash_with(log.entries.len(), &mut |_| false);
+    let mut volume = site.open(Arc::new(after), "inline").unwrap();
+    assert!(content(&mut volume) == model, "what was flushed is there");
+}

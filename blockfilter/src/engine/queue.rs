@@ -20,7 +20,7 @@ use zerocopy::IntoBytes;
 
 use super::{File, Files, replace_file};
 use crate::apply::ApplyOp;
-use crate::arena::Arena;
+use crate::arena::{Arena, Word};
 use crate::block::Extent;
 use crate::journal::batch::super_offset;
 use crate::journal::format::JournalSuper;
@@ -189,11 +189,13 @@ impl Target {
     }
 
     fn sync_disks(&self) -> Result<(), (u8, io::Error)> {
+        self.arena.set_word(Word::Syncing, 1);
         for (index, dirty) in self.dirty.iter().enumerate() {
             if dirty.swap(false, Ordering::AcqRel) {
                 self.disks[index].sync_data().map_err(|e| (index as u8, e))?;
             }
         }
+        self.arena.set_word(Word::Syncing, 0);
         Ok(())
     }
 

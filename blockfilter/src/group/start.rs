@@ -153,6 +153,8 @@ pub fn recover(
     now: u64,
 ) -> Result<Parts, StartError> {
     let volume_disks = check_disks(config, &disks)?;
+    // Left by a process that died over it.
+    let _ = std::fs::remove_file(again_path(config));
     let dead = files.exists(&marker);
     let journal: Arc<dyn File> = Arc::new(Latched::new(journal));
     let in_journal = |source| StartError::Journal { path: config.journal.clone(), source };
@@ -182,6 +184,9 @@ pub fn recover(
     if let Some(arena) = Arena::open(&path, &hdr).map_err(arena_error)? {
         match warm(&sup, journal.as_ref(), &arena, dead) {
             Ok(Some(start)) => {
+                if arena.word(Word::Syncing) != 0 && !dead {
+                    write_again(config, &journal, start.applied, &make)?;
+                }
                 let overlays = overlays_of(&start, config.disks.len());
                 let filter = Filter::new(filter_config, start, now);
                 let target = make(Arc::new(arena));
@@ -375,6 +380,40 @@ fn bare(sup: JournalSuper) -> Start {
     }
 }
 
+/// The memory of [`write_again`].
+fn again_path(config: &GroupConfig) -> PathBuf {
+    config.arena_path().with_extension("again")
+}
+
+/// A sync of the disks failed, or the process died in one and took the answer with it: the
+/// kernel may have dropped what was written since the checkpoint, and a second sync would
+/// say that all is well (decision 9). It is all in the journal: write it once more.
+fn write_again(
+    config: &GroupConfig,
+    journal: &Arc<dyn File>,
+    applied: u64,
+    make: &dyn Fn(Arc<Arena>) -> Arc<Target>,
+) -> Result<(), StartError> {
+    let mut scanned = scan(journal.as_ref(), config)
+        .map_err(|source| StartError::Journal { path: config.journal.clone(), source })?;
+    if scanned.end < applied {
+        let message = "the journal ends before what was written back";
+        return Err(StartError::Replay(io::Error::other(message)));
+    }
+    scanned.batches.retain(|b| b.hdr.lsn.get() < applied);
+    let path = again_path(config);
+    let done = write_back(config, &path, journal.as_ref(), &scanned, make);
+    let _ = std::fs::remove_file(&path);
+    match done {
+        Ok(_) => Ok(()),
+        Err(ColdError::Journal(source)) => {
+            Err(StartError::Journal { path: config.journal.clone(), source })
+        }
+        Err(ColdError::Replay(error)) => Err(StartError::Replay(error)),
+        Err(ColdError::Start(error)) => Err(error),
+    }
+}
+
 enum ColdError {
     Journal(OpenError),
     Replay(io::Error),
@@ -433,18 +472,30 @@ fn push_history(sup: &mut JournalSuper, incarnation: u64, end: u64) {
     sup.history[last] = History { incarnation: incarnation.into(), end: end.into() };
 }
 
-/// Writes the scanned batches back through the same plan as a running apply,
-/// half an arena at a time, then syncs the disks.
+/// Writes the scanned batches back, then syncs the disks.
 fn replay(
     config: &GroupConfig,
     journal: &dyn File,
     scanned: &Scanned,
     make: &dyn Fn(Arc<Arena>) -> Arc<Target>,
 ) -> Result<(), ColdError> {
+    let mut engine = write_back(config, &config.arena_path(), journal, scanned, make)?;
+    engine.submit(Op::SyncDisks);
+    finish(&mut engine).map_err(ColdError::Replay)
+}
+
+/// Writes the scanned batches to the disks through the same plan as a running apply, half an
+/// arena at a time, with an arena at `path`.
+fn write_back(
+    config: &GroupConfig,
+    path: &Path,
+    journal: &dyn File,
+    scanned: &Scanned,
+    make: &dyn Fn(Arc<Arena>) -> Arc<Target>,
+) -> Result<Inline, ColdError> {
     let hdr = arena_hdr(&scanned.sup, config.arena_bytes).map_err(ColdError::Start)?;
     let hdr = ArenaHdr { incarnation: u64::MAX.into(), ..hdr };
-    let path = config.arena_path();
-    let arena = Arena::create(&path, &hdr).map_err(|e| ColdError::Start(arena_error(e)))?;
+    let arena = Arena::create(path, &hdr).map_err(|e| ColdError::Start(arena_error(e)))?;
     let arena = Arc::new(arena);
     let mut engine = Inline::new(make(arena.clone())).map_err(ColdError::Replay)?;
     let mut memory = ArenaMemory(arena.clone());
@@ -481,8 +532,7 @@ fn replay(
         });
     }
     flush(&mut engine, &mut window).map_err(ColdError::Replay)?;
-    engine.submit(Op::SyncDisks);
-    finish(&mut engine).map_err(ColdError::Replay)
+    Ok(engine)
 }
 
 fn finish(engine: &mut Inline) -> io::Result<()> {
