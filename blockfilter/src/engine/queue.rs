@@ -176,7 +176,11 @@ impl Target {
                     ApplyOp::Zero { offset, len, no_hole } => {
                         let done = disk.punch(*offset, *len);
                         if *no_hole {
-                            done.and_then(|()| disk.allocate(*offset, *len))
+                            done.and_then(|()| match disk.allocate(*offset, *len) {
+                                // It reads as zeroes; more this file system cannot do.
+                                Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(()),
+                                other => other,
+                            })
                         } else {
                             done
                         }

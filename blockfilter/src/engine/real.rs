@@ -133,6 +133,10 @@ impl File for RealFile {
     }
 
     fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+        if self.device {
+            // It has all its space, and fallocate(2) refuses the plain mode.
+            return Ok(());
+        }
         Ok(rustix::fs::fallocate(&self.file, FallocateFlags::empty(), offset, len)?)
     }
 
@@ -144,6 +148,8 @@ impl File for RealFile {
         match rustix::fs::fallocate(&self.file, hole, offset, len) {
             Ok(()) => Ok(()),
             Err(Errno::OPNOTSUPP | Errno::NODEV | Errno::NOSYS) => self.write_zeroes(offset, len),
+            // A device of 4 KiB sectors, and a range of 512-byte ones.
+            Err(Errno::INVAL) if self.device => self.write_zeroes(offset, len),
             Err(error) => Err(error.into()),
         }
     }
@@ -275,3 +281,44 @@ const EXT4_MAGIC: u32 = 0xef53;
 const XFS_MAGIC: u32 = 0x5846_5342;
 const BTRFS_MAGIC: u32 = 0x9123_683e;
 const TMPFS_MAGIC: u32 = 0x0102_1994;
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    struct Loop(String);
+
+    impl Drop for Loop {
+        fn drop(&mut self) {
+            let _ = Command::new("losetup").args(["-d", &self.0]).status();
+        }
+    }
+
+    /// What clients may ask of a disk image they may ask of a device too.
+    #[test]
+    fn a_block_device_takes_zeroes_of_any_sector_and_allocation() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        std::fs::write(&path, vec![7; 1 << 20]).unwrap();
+        let made = Command::new("losetup")
+            .args(["-f", "--show", "--sector-size", "4096"])
+            .arg(&path)
+            .output();
+        let device = match made {
+            Ok(out) if out.status.success() => {
+                Loop(String::from_utf8(out.stdout).unwrap().trim().to_owned())
+            }
+            _ => return println!("no loop device here: not tested"),
+        };
+        let file = open_real(Path::new(&device.0), Open::ReadWrite).unwrap();
+        file.punch(512, 1024).unwrap();
+        file.allocate(8192, 4096).unwrap();
+        let mut found = vec![1; 4096];
+        file.read_exact_at(0, &mut found).unwrap();
+        let expect: Vec<u8> =
+            (0..4096).map(|at| if (512..1536).contains(&at) { 0 } else { 7 }).collect();
+        assert!(found == expect);
+    }
+}
