@@ -105,6 +105,8 @@ fn a_full_journal_freezes_never_blocks_and_seeds_again_while_old_points_stay() {
         let tagged = points.iter().find(|p| p["tag"] == "before").expect("the tag is kept");
         old = tagged["id"].as_str().unwrap().to_owned();
         check(&s.site, "g", &DISKS, &s.history, &old, old_floor);
+        // A new replicator connects at once; this one may wait a minute by now.
+        kill_role(&s.site, "replicator");
         s.site.wait_protected("g");
         wait_for_answers(&s.done, &s.stop, 100);
         s.stop.store(true, Ordering::SeqCst);
