@@ -138,6 +138,21 @@ impl Arena {
         Ok(Some(arena))
     }
 
+    /// The identity of the arena at `path`, if there is one of this boot.
+    pub fn identity(path: &Path) -> io::Result<Option<ArenaHdr>> {
+        let file = match std::fs::File::open(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other?,
+        };
+        if file.metadata()?.len() < RING_AT {
+            return Ok(None);
+        }
+        let mut found = ArenaHdr::default();
+        std::os::unix::fs::FileExt::read_exact_at(&file, found.as_mut_bytes(), 0)?;
+        let good = found.magic == ARENA_MAGIC && found.boot_id == boot_id()?;
+        Ok(good.then_some(found))
+    }
+
     fn map(file: &std::fs::File, size: u64) -> io::Result<Self> {
         let len = (RING_AT + size) as usize;
         let map = MmapOptions::new().len(len).map_raw(&file.as_fd())?;

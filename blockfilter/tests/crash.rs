@@ -822,3 +822,19 @@ fn a_failed_sync_of_a_disk_is_not_believed_after_a_restart() {
     let mut volume = site.open(Arc::new(after), "inline").unwrap();
     assert!(content(&mut volume) == model, "what was flushed is there");
 }
+
+/// A journal that cannot even be read any more costs protection, not what was acknowledged.
+#[test]
+fn without_a_readable_journal_a_kill_loses_nothing() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    let mut model = Model::new();
+    let mut volume = unjournaled(&files, &site, &mut model);
+    volume.write(0, 4096, &[3; 4096], false).unwrap();
+    model.0[0][4096..8192].fill(3);
+    drop(volume);
+    files.fail_reads(Path::new("/journal"), 0..u64::MAX);
+    let mut volume = site.open(Arc::new(files), "inline").unwrap();
+    assert_eq!(volume.positions().mode, Mode::Unjournaled);
+    assert!(content(&mut volume) == model);
+}

@@ -161,7 +161,7 @@ pub fn recover(
     let sup = match read_super(journal.as_ref(), config) {
         Ok(sup) => sup,
         Err(error) if !dead => return Err(in_journal(error)),
-        Err(_) => first_super(config).map_err(|e| in_journal(e.into()))?,
+        Err(_) => unreadable_super(config).map_err(|e| in_journal(e.into()))?,
     };
     let make = |arena: Arc<Arena>| {
         Arc::new(Target {
@@ -363,6 +363,19 @@ fn open_records(arena: &Arena, lsn: u64, count: u64) -> Result<Vec<RecDesc>, &'s
         descs.push(desc);
     }
     Ok(descs)
+}
+
+/// Stands in for the super block of a dead journal: of the arena's identity, if there is
+/// one, because that still holds what was acknowledged.
+fn unreadable_super(config: &GroupConfig) -> io::Result<JournalSuper> {
+    let mut sup = first_super(config)?;
+    if let Some(arena) = Arena::identity(&config.arena_path())?
+        && arena.incarnation.get() != u64::MAX
+    {
+        sup.journal_uuid = arena.journal_uuid;
+        sup.incarnation = arena.incarnation;
+    }
+    Ok(sup)
 }
 
 /// A start without a journal: the disks are the truth.
