@@ -87,7 +87,10 @@ fn nbdcopy_there_and_back_is_the_same() {
 #[test]
 fn nbdsh_commands_flags_and_errors_are_as_the_protocol_says() {
     let served = Served::new(33 << 20);
-    let script = r#"
+    run("nbdsh", &["--base-allocation", "-u", &served.uri(), "-c", FLAGS_AND_ERRORS]);
+}
+
+const FLAGS_AND_ERRORS: &str = r#"
 def fails(code, act, *args, **kw):
     try:
         act(*args, **kw)
@@ -153,9 +156,6 @@ for i in range(64):
     assert h.pread(4096, i * 4096) == bytes([i]) * 4096
 h.shutdown()
 "#;
-    let uri = served.uri();
-    run("nbdsh", &["--base-allocation", "-u", &uri, "-c", script]);
-}
 
 #[test]
 fn nbdsh_may_leave_out_everything_that_is_negotiable() {

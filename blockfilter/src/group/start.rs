@@ -293,7 +293,7 @@ fn warm(
     let floor = if applied % geometry.chunk == PAGE { applied - PAGE } else { applied };
     arena.set_bounds(floor.min(head), head);
     let mut sealed = Vec::new();
-    let mut crc = None;
+    let (mut crc, mut first_prev) = (None, None);
     let mut at = geometry.normal(applied);
     while at < open_lsn {
         let (hdr, descs) = parse_batch(arena.bytes(at, PAGE)).ok_or("a sealed batch is damaged")?;
@@ -306,18 +306,13 @@ fn warm(
         if !pad && !payloads_ok(&hdr, &descs, arena.bytes(at, total)) {
             return Err("a record's checksum does not match");
         }
-        crc.get_or_insert(hdr.prev_crc.get());
-        let first_prev = sealed.is_empty().then(|| hdr.prev_crc.get());
+        first_prev.get_or_insert(hdr.prev_crc.get());
         let hdr_crc = hdr.hdr_crc.get();
         crc = Some(hdr_crc);
-        sealed.push((
-            SealedBatch { lsn: at, end: at + total, hdr_crc, descs: descs.into() },
-            first_prev,
-        ));
+        sealed.push(SealedBatch { lsn: at, end: at + total, hdr_crc, descs: descs.into() });
         at = geometry.normal(at + total);
     }
     let word = arena.word(Word::AppliedCrc);
-    let first_prev = sealed.first().and_then(|(_, prev)| *prev);
     let tagged = (word >> 32 == (applied >> 12) & 0xffff_ffff).then_some(word as u32);
     let applied_crc = first_prev.or(tagged).ok_or("the checksum chain is lost")?;
     let open = open_records(arena, open_lsn, published - open_lsn)?;
@@ -338,7 +333,7 @@ fn warm(
         // With a journal, what was applied was durable before (I3), even if the dead
         // process did not come to say so. Without one it still has to be synced.
         durable: if dead { durable.min(applied) } else { durable.max(applied) },
-        sealed: sealed.into_iter().map(|(batch, _)| batch).collect(),
+        sealed,
         open,
         unjournaled: dead,
     }))

@@ -1,3 +1,5 @@
+//! Epochs against the plain order of records: a prefix stays a prefix.
+
 use std::convert::Infallible;
 
 use proptest::prelude::*;
