@@ -13,7 +13,7 @@ use std::fmt::Debug;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 pub mod blocking;
 pub mod queue;
@@ -161,17 +161,19 @@ pub struct Latched {
     inner: Arc<dyn File>,
     failed: OnceLock<io::ErrorKind>,
     full_is_final: bool,
+    /// One sync at a time: of two at once Linux tells only one of a failed write-back.
+    syncing: Mutex<()>,
 }
 
 impl Latched {
     /// Wraps `inner`.
     pub fn new(inner: Arc<dyn File>) -> Self {
-        Self { inner, failed: OnceLock::new(), full_is_final: true }
+        Self { inner, failed: OnceLock::new(), full_is_final: true, syncing: Mutex::new(()) }
     }
 
     /// As [`Latched::new`], but a write that found no space may be tried again (ruling 6).
     pub fn retried_when_full(inner: Arc<dyn File>) -> Self {
-        Self { inner, failed: OnceLock::new(), full_is_final: false }
+        Self { full_is_final: false, ..Self::new(inner) }
     }
 
     /// The first failure, if there was one.
@@ -209,6 +211,7 @@ impl File for Latched {
         self.guard(self.full_is_final, |f| f.write_vectored_at(offset, parts))
     }
     fn sync_data(&self) -> io::Result<()> {
+        let _one = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
         self.guard(true, |f| f.sync_data())
     }
     fn len(&self) -> io::Result<u64> {

@@ -220,7 +220,7 @@ impl Session<'_> {
     fn run(&mut self, stop: &AtomicBool) -> Result<(), SessionError> {
         while !stop.load(Ordering::SeqCst) {
             let known = self.feed.known().map_err(SessionError::Filter)?;
-            if matches!(known.positions.mode, Mode::Frozen | Mode::New) {
+            if matches!(known.positions.mode, Mode::Frozen | Mode::New | Mode::Unjournaled) {
                 return Err(SessionError::Frozen);
             }
             if known.positions.generation != self.generation {
