@@ -1,5 +1,7 @@
 //! Bad input: a clear error with its exit code, nothing lost, nothing half made.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
