@@ -164,7 +164,8 @@ fn tokens_work_once_and_for_their_time_and_only_with_their_target() {
     std::fs::remove_dir_all(site.target_dir()).unwrap();
     site.init_target();
     site.start_target();
-    assert_eq!(join(&fresh).code(), 6, "a foreign authority");
+    let foreign = join(&fresh);
+    assert_eq!(foreign.code(), 6, "a foreign authority: {}", foreign.err());
     assert!(!Path::new(&again).join("agent.json").exists(), "nothing is half joined");
 }
 

@@ -11,6 +11,7 @@ use blockfilter::names::Name;
 use replicator::enroll::{AgentConfig, RpcClient, RpcError};
 use replicator::session::{ErrorCode, Rpc, RpcReply};
 use replicator::token::TokenError;
+use replicator::transport::ChannelError;
 
 use super::target::identity_failure;
 use crate::errors::{Exit, Failure, IoContext, Outcome};
@@ -86,6 +87,11 @@ pub fn rpc_failure(error: &RpcError) -> Failure {
             Failure::coded(Exit::Busy, 22, text).hint("use another --dir to join another target")
         }
         RpcError::Identity(error) => identity_failure(error),
+        RpcError::Unreachable { error: ChannelError::Tls(_), .. } => {
+            Failure::coded(Exit::NotAuthorised, 3, "target and agent do not trust each other")
+                .why(text)
+                .hint("was the target made anew? then join it with a token of its own")
+        }
         RpcError::Unreachable { .. } => {
             Failure::coded(Exit::Unreachable, 3, "the target cannot be reached")
                 .why(text)
