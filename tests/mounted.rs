@@ -1,6 +1,8 @@
 //! A mounted ext4 on a protected disk (FUSE file and loop device) sees no error
 //! while the filter is killed again and again, and the replica is the same.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
