@@ -19,7 +19,7 @@ use replicator::wire::{FRAME_EPOCH_END, FrameHdr, Kind};
 use crate::store::StoreError;
 use crate::store::format::{REGION, SegKind};
 use crate::store::ingest::{Indexed, Place, index_frame};
-use crate::store::log::{Log, LogSnap, ROLL_BYTES};
+use crate::store::log::{Log, LogSnap, Plan, ROLL_BYTES};
 use crate::store::manifest::{BranchManifest, Documents};
 use crate::store::segment::Env;
 use crate::store::writer::clean_logs;
@@ -152,19 +152,24 @@ impl Branch {
     /// Renews the open segment, and merges runs when that is due.
     fn roll(&self, writer: &mut BranchWriter) -> Result<(), StoreError> {
         let plan = writer.log.plan(&self.env, Some(0), 0)?;
-        let next_id = self.env.next_id();
-        let manifest = BranchManifest { log: plan.refs.clone(), next_id };
+        self.put(writer, plan)?;
+        let Some(due) = writer.log.due(&self.env) else { return Ok(()) };
+        let merged = due.run(&self.env).and_then(|run| {
+            let plan = writer.log.plan_merge(&self.env, &due, run);
+            plan.map_or(Ok(()), |plan| self.put(writer, plan))
+        });
+        match merged {
+            // Merging saves time only; it waits for space.
+            Err(error) if error.is_full() => Ok(()),
+            merged => merged,
+        }
+    }
+
+    /// Puts a plan in force; readers see it at once.
+    fn put(&self, writer: &mut BranchWriter, plan: Plan) -> Result<(), StoreError> {
+        let manifest = BranchManifest { log: plan.refs.clone(), next_id: self.env.next_id() };
         writer.documents.replace(self.env.files.as_ref(), &manifest)?;
         writer.log.adopt(&self.env, plan);
-        if let Some(due) = writer.log.due(&self.env) {
-            let run = due.run(&self.env)?;
-            if let Some(plan) = writer.log.plan_merge(&self.env, &due, run) {
-                let next_id = self.env.next_id();
-                let manifest = BranchManifest { log: plan.refs.clone(), next_id };
-                writer.documents.replace(self.env.files.as_ref(), &manifest)?;
-                writer.log.adopt(&self.env, plan);
-            }
-        }
         let snapshot = writer.log.snapshot();
         *self.snapshot.write().unwrap_or_else(PoisonError::into_inner) = snapshot;
         Ok(())

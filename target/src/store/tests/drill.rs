@@ -11,6 +11,7 @@ use blockfilter::journal::format::{RecDesc, RecOp};
 use blockfilter::names::Lsn;
 use replicator::wire::{FRAME_EPOCH_END, FrameHdr, Kind};
 
+use super::super::log::MERGE_RUNS;
 use super::super::{FrameBuf, Store};
 use super::model::{
     Source, TestClock, bytes_of, check_export, create, group_id, meta, name, reopen,
@@ -158,6 +159,41 @@ fn a_full_disk_in_a_drill_is_enospc_and_flushed_writes_stay() {
     let mut bytes = [0; 1536];
     disk.read(0, &mut bytes).unwrap();
     assert_eq!(bytes[..], [bytes_of(1), bytes_of(3), bytes_of(4)].concat());
+}
+
+/// Rolls a drill's log until a merge is due, lets the roll fail at each of its
+/// steps for want of space, and reads what is written when there is space again.
+#[test]
+fn a_roll_without_space_hides_no_later_write_of_a_drill() {
+    for nth in 0.. {
+        let sim = SimFiles::new();
+        let files: Arc<dyn Files> = Arc::new(sim.clone());
+        let clock = Arc::new(TestClock::default());
+        let store = Store::create(files, super::model::dir(), clock.clone()).unwrap();
+        let group = store.create_group(meta()).unwrap();
+        Source::new(37).seed(&group);
+        let drill = store.start_drill(&name("g"), &group.newest().unwrap()).unwrap();
+        let disk = store.drill_export(&drill.id, &name("d0")).unwrap();
+        for stamp in 1..=MERGE_RUNS as u64 {
+            disk.write(0, &bytes_of(stamp), false).unwrap();
+            clock.0.fetch_add(2 * 3_600_000_000, std::sync::atomic::Ordering::Relaxed);
+        }
+        sim.fail_nth(nth, Failure::NoSpace, true);
+        let refused = disk.write(0, &bytes_of(100), false).is_err();
+        sim.heal();
+        let mut bytes = [0; 512];
+        match disk.write(0, &bytes_of(200), false) {
+            Ok(()) => {
+                disk.read(0, &mut bytes).unwrap();
+                assert!(bytes == bytes_of(200), "step {nth}: an older write is read");
+            }
+            // Not known which manifest is in force.
+            Err(error) => assert_eq!(error, Errno::Io, "step {nth}"),
+        }
+        if !refused {
+            break;
+        }
+    }
 }
 
 #[test]
