@@ -189,6 +189,8 @@ impl Log {
                     return Ok(plan);
                 }
                 *open = rescued;
+                // Until a manifest names its file, nothing may be added to it.
+                open.broken = true;
             }
             plan.refs.segs.pop();
             if open.n_frames == 0 {
@@ -236,8 +238,9 @@ impl Log {
         }
         self.refs = plan.refs;
         self.runs = plan.runs;
-        if let Some(open) = &self.open {
-            env.pool.insert(&open.meta);
+        // A rescued segment has another file now, also if it was sealed.
+        for meta in self.refs.segs.iter().rev().take(2) {
+            env.pool.insert(meta);
         }
         for path in plan.obsolete {
             let _ = env.files.remove(&path);

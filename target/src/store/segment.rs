@@ -366,7 +366,10 @@ pub(crate) fn recover(
     let mut scan = Scan { last_label, ..Scan::default() };
     scan.run(env, &mut seg, len);
     let mut failure = None;
-    if kind == SegKind::Stream && seg.end < len && proves_damage(seg.raw.as_ref(), seg.end, len) {
+    if kind == SegKind::Stream
+        && seg.end < len
+        && proves_damage(env, seg.raw.as_ref(), seg.end, len)
+    {
         let at = seg.end;
         failure = Some(format!("{} is damaged at byte {at}", path.display()));
     } else if let Err(error) = settle(&seg) {
@@ -470,8 +473,9 @@ pub(crate) fn point_of(
 
 /// Whether bytes behind a break can only be there if the break was whole once:
 /// every epoch is synced before the next is written, so a frame behind the end of
-/// another epoch proves that what lies before it was acknowledged.
-fn proves_damage(file: &dyn File, from: u64, len: u64) -> bool {
+/// another epoch proves that what lies before it was acknowledged. Frames of another
+/// group prove nothing: they may be payload, of a disk that holds a store.
+fn proves_damage(env: &Env, file: &dyn File, from: u64, len: u64) -> bool {
     let mut bytes = vec![0; (len - from).min(DAMAGE_SCAN_MAX) as usize];
     if file.read_exact_at(from, &mut bytes).is_err() {
         return true;
@@ -481,7 +485,11 @@ fn proves_damage(file: &dyn File, from: u64, len: u64) -> bool {
     let mut at = 0;
     while let Some(head) = bytes.get(at..).and_then(|b| b.first_chunk()) {
         match check_header(head) {
-            Ok(hdr) if head.starts_with(&magic) && hdr.frame_kind() == Some(Kind::Epoch) => {
+            Ok(hdr)
+                if head.starts_with(&magic)
+                    && hdr.frame_kind() == Some(Kind::Epoch)
+                    && hdr.group_id.get() == env.group_id =>
+            {
                 if ended {
                     return true;
                 }

@@ -3,14 +3,16 @@
 use std::sync::Arc;
 
 use blockfilter::block::{Errno, Export, SECTOR};
-use blockfilter::engine::Files;
 use blockfilter::engine::real::{RealClock, RealFiles};
 use blockfilter::engine::record::{Failure, Fault, Op, SimFiles};
+use blockfilter::engine::{Files, Open};
+use blockfilter::journal::format::{RecDesc, RecOp};
 use blockfilter::names::Lsn;
 use proptest::prelude::*;
+use replicator::wire::{FRAME_EPOCH_END, FrameHdr, Kind};
 
 use super::format::REGION;
-use super::{AppendError, Store, StoreError};
+use super::{AppendError, FrameBuf, Store, StoreError};
 use crate::points::{PointKind, PointQuery, PointSpec};
 
 mod crash;
@@ -323,7 +325,7 @@ fn a_torn_tail_is_cut_at_the_last_whole_epoch_at_every_byte() {
     let cuts =
         (4096..ends[1].0 + 600).step_by(1).chain((ends[1].0 + 600..=whole.len()).step_by(97));
     for cut in cuts {
-        let file = sim.open(&path, blockfilter::engine::Open::ReadWrite).unwrap();
+        let file = sim.open(&path, Open::ReadWrite).unwrap();
         file.set_len(0).unwrap();
         file.write_all_at(0, &whole[..cut]).unwrap();
         let (store, group) = reopen(&files);
@@ -427,6 +429,93 @@ fn a_full_disk_refuses_cleanly_and_goes_on_in_another_file() {
     let (_store, group) = reopen(&files);
     source.check(&group);
     assert_eq!(sim.list(&dir().join("groups/g/seg")).unwrap().len(), 1);
+}
+
+/// A segment that a full disk broke is rescued by the seed that follows, which may
+/// itself find the disk full at any step.
+#[test]
+fn a_seed_after_a_full_disk_keeps_old_points_readable_and_loses_nothing() {
+    for nth in 0.. {
+        let (sim, files) = sim();
+        let (store, group) = create(&files);
+        let mut source = Source::new(13);
+        source.seed(&group);
+        group.append_epoch(&source.epoch(1, 4, None)).unwrap();
+        let frames = source.epoch(2, 4, None);
+        sim.fail(Fault {
+            op: Some(Op::Write),
+            path: ".seg".to_owned(),
+            skip: 0,
+            lasting: true,
+            failure: Failure::NoSpace,
+        });
+        assert!(matches!(group.append_epoch(&frames), Err(AppendError::Full)));
+        sim.heal();
+        sim.fail_nth(nth, Failure::NoSpace, true);
+        let begun = group.begin_seed(Lsn(source.lsn), 1, 1);
+        sim.heal();
+        source.check(&group);
+        let last = group.state().last;
+        if matches!(begun, Err(AppendError::Full)) {
+            group.append_epoch(&frames).unwrap();
+            source.check(&group);
+            assert_eq!(group.state().last, Lsn(source.lsn), "step {nth}");
+        }
+        let count = group.points(PointQuery::default()).len();
+        drop((store, group));
+        let (_store, group) = reopen(&files);
+        source.check(&group);
+        assert_eq!(group.points(PointQuery::default()).len(), count, "step {nth}");
+        assert!(group.state().last >= last, "step {nth}");
+        if begun.is_ok() {
+            break;
+        }
+    }
+}
+
+/// A disk may hold a store's segments itself; their frames prove nothing of ours.
+#[test]
+fn a_torn_epoch_that_carries_frames_of_another_group_is_cut() {
+    let (sim, files) = sim();
+    let (store, group) = create(&files);
+    let mut source = Source::new(14);
+    source.seed(&group);
+    group.append_epoch(&source.epoch(1, 2, None)).unwrap();
+    let whole = group.state().last;
+    let inner = FrameHdr {
+        kind: Kind::Epoch as u8,
+        flags: FRAME_EPOCH_END,
+        group_id: (model::group_id() + 1).into(),
+        lsn_to: 1.into(),
+        ..Default::default()
+    };
+    let mut payload = FrameBuf::seal(inner, &[], &[]).bytes.repeat(4);
+    payload.resize(payload.len().next_multiple_of(SECTOR as usize), 0);
+    let desc = RecDesc {
+        op: RecOp::Write as u8,
+        len: (payload.len() as u32).into(),
+        lsn: whole.0.into(),
+        crc: crc32c::crc32c(&payload).into(),
+        ..Default::default()
+    };
+    let hdr = FrameHdr {
+        group_id: model::group_id().into(),
+        generation: 1.into(),
+        incarnation: 1.into(),
+        lsn_from: whole.0.into(),
+        lsn_to: (whole.0 + 1).into(),
+        raw_len: (payload.len() as u32).into(),
+        ..inner
+    };
+    group.append_epoch(&[FrameBuf::seal(hdr, &[desc], &payload)]).unwrap();
+    drop((store, group));
+    let seg_dir = dir().join("groups/g/seg");
+    let path = seg_dir.join(&sim.list(&seg_dir).unwrap()[0]);
+    let len = files.open(&path, Open::Read).unwrap().len().unwrap();
+    sim.flip(&path, len - payload.len() as u64 - 168 + 40, 1);
+    let (_store, group) = reopen(&files);
+    assert_eq!(group.state().failed, None);
+    assert_eq!(group.state().last, whole);
 }
 
 #[test]
