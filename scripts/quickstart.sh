@@ -7,7 +7,7 @@
 #   ./scripts/quickstart.sh --keep   leaves everything running and prints URIs
 #
 # Environment: QS_SOURCE (folder whose files fill the image, /usr/share), QS_MIB
-# (how much of it, 300), Needs root for mounts; without root or loop
+# (how much of it, 300). Needs root for mounts; without root or loop
 # devices the same is done over NBD alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
