@@ -23,7 +23,7 @@ use crate::transport::Waker;
 pub struct Known {
     /// What the filter said.
     pub positions: Positions,
-    /// When the answer arrived, on our clock.
+    /// When the question was asked, on our clock: they were true then or later.
     pub at_us: u64,
 }
 
@@ -55,8 +55,9 @@ impl Feed {
         wake: &Arc<Waker>,
     ) -> io::Result<Self> {
         let mut control = source.control()?;
+        let at_us = clock.mono_us();
         let positions = control.wait(None, Duration::ZERO)?;
-        let known = Known { positions, at_us: clock.mono_us() };
+        let known = Known { positions, at_us };
         let shared = Arc::new(Shared {
             known: Mutex::new(known),
             floor: Mutex::new(None),
@@ -115,9 +116,10 @@ fn follow(
 ) -> io::Result<()> {
     let mut durable = lock(&shared.known).positions.durable;
     while !shared.stop.load(Ordering::SeqCst) {
+        let at_us = clock.mono_us();
         let positions = control.wait(Some(durable), FOLLOW)?;
         durable = positions.durable;
-        *lock(&shared.known) = Known { positions, at_us: clock.mono_us() };
+        *lock(&shared.known) = Known { positions, at_us };
         wake.wake();
         // A database may commit thousands of times a second: epochs take
         // longer, and each question costs the filter time.
@@ -153,3 +155,64 @@ impl Drop for Feed {
 const FOLLOW: Duration = Duration::from_millis(50);
 const FOLLOW_EVERY: Duration = Duration::from_millis(4);
 const FLOOR_WAIT: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU64;
+
+    use blockfilter::journal::reader::ReadError;
+
+    use super::*;
+    use crate::source::{DiskSource, Journal};
+
+    /// Its answers take a second.
+    #[derive(Clone, Debug, Default)]
+    struct Slow(Arc<AtomicU64>);
+
+    impl Clock for Slow {
+        fn mono_us(&self) -> u64 {
+            self.0.load(Ordering::SeqCst)
+        }
+        fn wall_us(&self) -> u64 {
+            0
+        }
+    }
+
+    impl Control for Slow {
+        fn wait(&mut self, after: Option<Lsn>, _: Duration) -> io::Result<Positions> {
+            if after.is_some() {
+                return Err(io::Error::other("the filter ended"));
+            }
+            let mono_us = self.0.fetch_add(1_000_000, Ordering::SeqCst);
+            Ok(Positions { mono_us, ..Default::default() })
+        }
+        fn begin_seed(&mut self) -> io::Result<Lsn> {
+            Ok(Lsn(0))
+        }
+        fn ship_floor(&mut self, _: Lsn) -> io::Result<Positions> {
+            Ok(Positions::default())
+        }
+    }
+
+    impl Source for Slow {
+        fn control(&self) -> io::Result<Box<dyn Control>> {
+            Ok(Box::new(self.clone()))
+        }
+        fn journal(&self) -> Result<Box<dyn Journal>, ReadError> {
+            Err(ReadError::Gone(Lsn(0)))
+        }
+        fn disks(&self) -> io::Result<Box<dyn DiskSource>> {
+            Err(io::Error::other("no disks"))
+        }
+    }
+
+    #[test]
+    fn positions_are_as_old_as_the_question() {
+        let slow = Slow::default();
+        let clock: Arc<dyn Clock> = Arc::new(slow.clone());
+        let source: Arc<dyn Source> = Arc::new(slow);
+        let feed = Feed::start(&source, &clock, &Arc::new(Waker::new().unwrap())).unwrap();
+        let known = lock(&feed.shared.known).clone();
+        assert_eq!(known.at_us, known.positions.mono_us);
+    }
+}

@@ -132,8 +132,19 @@ pub struct Heartbeat {
     pub age_us: u64,
     /// The source's monotonic clock at sending; echoed.
     pub mono_us: u64,
-    /// The last round trip, microseconds.
-    pub rtt_us: u64,
+    /// The newest Ack of this session; without it nothing is proved of time.
+    #[serde(default)]
+    pub echo: Option<Echo>,
+}
+
+/// An Ack's time, returned. Sent at least `held_us` after `mono_us` by the target's
+/// clock, however long the Ack or what returns it was on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Echo {
+    /// The Ack's `mono_us`.
+    pub mono_us: u64,
+    /// From when the Ack was taken to the heartbeat, microseconds of the source's clock.
+    pub held_us: u64,
 }
 
 /// What the target holds, durably.
@@ -149,8 +160,11 @@ pub struct Ack {
     pub consistent: Option<Lsn>,
     /// Age of the newest recoverable state, microseconds; None: not provable.
     pub rpo_us: Option<u64>,
-    /// `mono_us` of the newest heartbeat.
+    /// `mono_us` of this session's newest heartbeat.
     pub echo_us: Option<u64>,
+    /// The target's monotonic clock at sending; returned as [`Echo`].
+    #[serde(default)]
+    pub mono_us: Option<u64>,
     /// The source's wall clock at `consistent`, microseconds.
     #[serde(default)]
     pub recoverable_us: Option<u64>,

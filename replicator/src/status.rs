@@ -82,7 +82,7 @@ pub struct ReplicatorStatus {
     pub hint: Option<String>,
     /// Seconds to the next try.
     pub retry_in: Option<f64>,
-    /// When the figures of the target arrived, on our clock.
+    /// The figures of the target are not older than this, on our clock.
     #[serde(skip)]
     pub(crate) heard_us: u64,
     /// When the next try is, on our clock.

@@ -106,9 +106,9 @@ pub enum Kind {
     SeedBegin = 18,
     /// It is complete once everything below e is applied.
     SeedEnd = 19,
-    /// Source to target: `{admitted, mono_us}`, at least every 100 ms.
+    /// Source to target: `{admitted, age_us, mono_us, echo}`, at least every 100 ms.
     Heartbeat = 20,
-    /// Target to source: what is durable.
+    /// Target to source: what is durable, and when it said so.
     Ack = 21,
     /// Either side, before it closes: what failed, why, what to do.
     Error = 22,

@@ -4,9 +4,9 @@
 //! Holds: an epoch reaches the store whole or not at all; its frames follow each
 //! other and the durable end without gap; frames that are durable already are
 //! skipped; generation and incarnation never go back; memory for an unfinished
-//! epoch is bounded. RPO is computed from heartbeats and round trips, never from
-//! two wall clocks, is never negative and None where it cannot be proved. Before
-//! it: the channel. After it: the store. It does no I/O.
+//! epoch is bounded. RPO is computed from heartbeats that return the time of an
+//! Ack, never from two wall clocks, is never younger than the truth and None where
+//! it cannot be proved. Before it: the channel. After it: the store. It does no I/O.
 
 use std::collections::VecDeque;
 
@@ -187,11 +187,13 @@ pub struct Rpo {
 }
 
 impl Rpo {
-    /// A heartbeat arrived at `now_us`. The source knew `admitted` at most its
-    /// age and one round trip ago.
+    /// A heartbeat arrived at `now_us`. It was sent no earlier than the Ack it
+    /// returns and the time the source held that, and the source had `admitted` at
+    /// most its age before: how long the two were on their way does not count.
     pub fn beat(&mut self, beat: &Heartbeat, now_us: u64) {
-        let delay = beat.age_us.saturating_add(beat.rtt_us);
-        let born = now_us.saturating_sub(delay);
+        let sent = beat.echo.map(|echo| echo.mono_us.saturating_add(echo.held_us).min(now_us));
+        // Before our clock began: nothing that we could say.
+        let Some(born) = sent.and_then(|sent| sent.checked_sub(beat.age_us)) else { return };
         let admitted = beat.admitted.0;
         if let Some((last, born_before)) = self.beats.back_mut() {
             if *last == admitted {
@@ -245,6 +247,7 @@ const BEATS_MAX: usize = 4096;
 mod tests {
     use super::*;
     use blockfilter::journal::format::RecDesc;
+    use replicator::session::Echo;
     use replicator::wire::{FRAME_EPOCH_END, FrameHdr};
 
     fn receiver() -> Receiver {
@@ -340,20 +343,21 @@ mod tests {
         assert!(receiver().copy_frame(&copy(50, (1 << 20) + 1)).is_err());
     }
 
-    fn beat(admitted: u64, age_us: u64, rtt_us: u64) -> Heartbeat {
-        Heartbeat { admitted: Lsn(admitted), age_us, mono_us: 0, rtt_us }
+    fn beat(admitted: u64, age_us: u64, mono_us: u64, held_us: u64) -> Heartbeat {
+        let echo = Some(Echo { mono_us, held_us });
+        Heartbeat { admitted: Lsn(admitted), age_us, mono_us: 0, echo }
     }
 
     #[test]
     fn rpo_follows_heartbeats_and_grows_when_they_stop() {
         let mut rpo = Rpo::default();
         assert_eq!(rpo.rpo_us(Some(Lsn(10)), 1_000), None);
-        rpo.beat(&beat(10, 5, 20), 1_000);
+        rpo.beat(&beat(10, 5, 900, 80), 1_000);
         assert_eq!(rpo.rpo_us(Some(Lsn(9)), 1_000), None);
         assert_eq!(rpo.rpo_us(Some(Lsn(10)), 1_000), Some(25));
-        rpo.beat(&beat(10, 5, 20), 2_000);
+        rpo.beat(&beat(10, 5, 1_900, 80), 2_000);
         assert_eq!(rpo.rpo_us(Some(Lsn(10)), 2_000), Some(25));
-        rpo.beat(&beat(30, 0, 0), 3_000);
+        rpo.beat(&beat(30, 0, 2_000, 1_000), 3_000);
         assert_eq!(rpo.rpo_us(Some(Lsn(10)), 3_000), Some(1_025));
         assert_eq!(rpo.rpo_us(Some(Lsn(10)), 9_000), Some(7_025));
         assert_eq!(rpo.rpo_us(Some(Lsn(30)), 9_000), Some(6_000));
@@ -361,12 +365,55 @@ mod tests {
     }
 
     #[test]
+    fn a_heartbeat_that_returns_no_time_or_one_before_our_clock_proves_nothing() {
+        let mut rpo = Rpo::default();
+        rpo.beat(&Heartbeat { echo: None, ..beat(10, 0, 0, 0) }, 1_000);
+        rpo.beat(&beat(10, 901, 800, 100), 1_000);
+        assert_eq!(rpo.rpo_us(Some(Lsn(10)), 1_000), None);
+        rpo.beat(&beat(10, 0, 800, u64::MAX), 1_000);
+        assert_eq!(rpo.rpo_us(Some(Lsn(10)), 1_000), Some(0));
+    }
+
+    #[test]
+    fn rpo_is_never_younger_than_the_truth_however_the_line_delays() {
+        // The source has admitted position t at its time t, which is 70 s behind ours.
+        const BEHIND: u64 = 70_000_000;
+        let mut state = 9_u64;
+        let mut random = |limit: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 33) % limit
+        };
+        let mut rpo = Rpo::default();
+        let (mut acked, mut taken, mut arrived, mut held) = (BEHIND, 0, 0, 0);
+        for step in 1..2_000_u64 {
+            let sent = step * 100_000;
+            // Most of the time a line of 1 ms; now and then everything queues for seconds.
+            let slow = if step % 300 > 200 { 5_000_000 } else { 1_000 };
+            let known = sent - random(60_000);
+            let echo = (taken > 0).then(|| Echo { mono_us: acked, held_us: sent - taken });
+            let beat =
+                Heartbeat { admitted: Lsn(known), age_us: sent - known, mono_us: sent, echo };
+            arrived = (sent + BEHIND + random(slow)).max(arrived);
+            rpo.beat(&beat, arrived);
+            held = known.saturating_sub(random(200_000)).max(held);
+            if let Some(shown) = rpo.rpo_us(Some(Lsn(held)), arrived) {
+                let truth = arrived - BEHIND - held;
+                assert!(shown >= truth, "step {step}: {shown} < {truth}");
+            }
+            let back = arrived - BEHIND + random(slow);
+            if back <= sent + 100_000 {
+                (acked, taken) = (arrived, back);
+            }
+        }
+    }
+
+    #[test]
     fn rpo_is_never_negative_and_memory_is_bounded() {
         let mut rpo = Rpo::default();
-        rpo.beat(&beat(1, 0, 0), 1_000);
+        rpo.beat(&beat(1, 0, 1_000, 0), 1_000);
         assert_eq!(rpo.rpo_us(Some(Lsn(1)), 500), Some(0));
         for step in 2..100_000 {
-            rpo.beat(&beat(step, 0, 0), 1_000 + step);
+            rpo.beat(&beat(step, 0, 1_000 + step, 0), 1_000 + step);
         }
         assert!(rpo.beats.len() <= BEATS_MAX);
         let age = rpo.rpo_us(Some(Lsn(50_000)), 200_000).unwrap();

@@ -20,8 +20,8 @@ use crate::frame::FrameBuf;
 use crate::pace::Meter;
 use crate::seed::{Copier, CopyHead, SeedPlan, Step};
 use crate::session::{
-    Ack, DiskInfo, ErrorMessage, HEARTBEAT_US, Heartbeat, Hello, HelloAck, SeedBegin, SeedEnd,
-    Start, decide, group_id, seed_again,
+    Ack, DiskInfo, Echo, ErrorMessage, HEARTBEAT_US, Heartbeat, Hello, HelloAck, SeedBegin,
+    SeedEnd, Start, decide, group_id, seed_again,
 };
 use crate::source::{Control, Journal};
 use crate::status::{SeedProgress, State};
@@ -62,6 +62,10 @@ struct Session<'a> {
     window_bytes: u64,
     epoch_bytes: u64,
     heartbeat_due: u64,
+    /// When HELLO was sent.
+    asked_us: u64,
+    /// The newest Ack's time by the target's clock, and when it was taken by ours.
+    ack_us: Option<(u64, u64)>,
     rtt_us: u64,
     stream_turns: u32,
     wire_base: u64,
@@ -118,6 +122,8 @@ pub(super) fn session(
         window_bytes: 0,
         epoch_bytes: 0,
         heartbeat_due: 0,
+        asked_us,
+        ack_us: None,
         rtt_us,
         stream_turns: 0,
         wire_base: 0,
@@ -275,9 +281,11 @@ impl Session<'_> {
     }
 
     fn acknowledged(&mut self, ack: &Ack, known: &Known) {
+        let now = self.now();
         if let Some(echo) = ack.echo_us {
-            self.rtt_us = self.now().saturating_sub(echo);
+            self.rtt_us = now.saturating_sub(echo);
         }
+        self.ack_us = ack.mono_us.map(|theirs| (theirs, now));
         // An Ack from before a SeedBegin that is on its way says an older position.
         if ack.durable > self.target_durable && ack.durable <= self.shipped {
             self.target_durable = ack.durable;
@@ -305,7 +313,9 @@ impl Session<'_> {
             admitted: known.positions.admitted,
             age_us: now.saturating_sub(known.at_us),
             mono_us: now,
-            rtt_us: self.rtt_us,
+            echo: self
+                .ack_us
+                .map(|(mono_us, at)| Echo { mono_us, held_us: now.saturating_sub(at) }),
         };
         self.channel.send(&FrameBuf::message(Kind::Heartbeat, &beat)?)?;
         self.heartbeat_due = now + HEARTBEAT_US;
@@ -437,7 +447,6 @@ impl Session<'_> {
             eta_seconds: seeding.meter.eta_seconds(seeding.plan.total() - seeding.done),
             sent_bytes: seeding.sent_bytes,
         });
-        let now = self.now();
         self.shipper.shown.update(|s| {
             s.connected = true;
             s.error = None;
@@ -454,7 +463,9 @@ impl Session<'_> {
                 s.recoverable = ack.consistent;
                 s.recoverable_to_us = ack.recoverable_us;
                 s.rpo_seconds = ack.rpo_us.map(|us| us as f64 / 1e6);
-                s.heard_us = now;
+                // The Ack was made after what it echoes was sent, and no one knows how
+                // long it was on its way.
+                s.heard_us = ack.echo_us.unwrap_or(self.asked_us);
             }
             let behind = s.rpo_seconds.is_none_or(|rpo| rpo > LAGGING_SECONDS);
             s.state = match () {

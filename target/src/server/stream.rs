@@ -325,6 +325,7 @@ impl Session<'_> {
             consistent: state.last_consistent,
             rpo_us,
             echo_us: self.echo_us,
+            mono_us: Some(now),
             recoverable_us: self.store.newest().map(|p| p.time_us),
         };
         Ok(FrameBuf::message(Kind::Ack, &ack)?)
