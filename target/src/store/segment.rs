@@ -107,6 +107,11 @@ pub(super) fn read_frame(file: &dyn File, offset: u64, limit: u64) -> io::Result
     FrameBuf::from_bytes(bytes).map_err(|e| invalid(e.to_string()))
 }
 
+/// Whether an error of [`read_frame`] is about what was read, not the reading.
+pub(super) fn is_damage(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof)
+}
+
 /// Opens segments for reading; keeps a bounded number open.
 #[derive(Debug)]
 pub(crate) struct SegPool {
@@ -337,7 +342,7 @@ pub(crate) struct Recovered {
     /// Where incarnations begin: `(incarnation, LSN)`.
     pub(crate) incarnations: Vec<(u64, u64)>,
     /// Why nothing may be appended: damage in acknowledged data, or it cannot be
-    /// made durable again.
+    /// read or made durable again.
     pub(crate) failure: Option<String>,
 }
 
@@ -364,9 +369,11 @@ pub(crate) fn recover(
     let len = raw.len().map_err(StoreError::io(&path))?;
     let mut seg = OpenSeg::over(env, meta, kind, era, path.clone(), raw);
     let mut scan = Scan { last_label, ..Scan::default() };
-    scan.run(env, &mut seg, len);
     let mut failure = None;
-    if kind == SegKind::Stream
+    if let Err(error) = scan.run(env, &mut seg, len) {
+        // Not damage: it may pass, so nothing is cut and nothing may be added.
+        failure = Some(format!("{} cannot be read: {error}", path.display()));
+    } else if kind == SegKind::Stream
         && seg.end < len
         && proves_damage(env, seg.raw.as_ref(), seg.end, len)
     {
@@ -391,7 +398,7 @@ pub(crate) fn reindex(
     let raw = env.files.open(&path, Open::Read).map_err(StoreError::io(&path))?;
     let end = meta.sealed.map_or(0, |s| s.end_frames);
     let mut seg = OpenSeg::over(env, meta, kind, era, path, raw);
-    Scan::default().run(env, &mut seg, end);
+    Scan::default().run(env, &mut seg, end).map_err(StoreError::io(&seg.path))?;
     if seg.end != end {
         return Err(StoreError::damaged(&seg.path, format!("the frame at byte {}", seg.end)));
     }
@@ -405,23 +412,29 @@ struct Scan {
 }
 
 impl Scan {
-    /// Reads whole epochs until one is not whole or does not continue.
-    fn run(&mut self, env: &Env, seg: &mut OpenSeg, len: u64) {
+    /// Reads whole epochs until one is not whole or does not continue. An error
+    /// says that the file could not be read, which proves nothing of what it holds.
+    fn run(&mut self, env: &Env, seg: &mut OpenSeg, len: u64) -> io::Result<()> {
         let copy = seg.kind == SegKind::Copy;
         let mut epoch: Vec<FrameBuf> = Vec::new();
         let mut indexed = Indexed::default();
         let (mut at, mut next) = (seg.end, seg.lsn_to);
-        while let Ok(frame) = read_frame(seg.raw.as_ref(), at, len) {
+        loop {
+            let frame = match read_frame(seg.raw.as_ref(), at, len) {
+                Ok(frame) => frame,
+                Err(error) if is_damage(&error) => return Ok(()),
+                Err(error) => return Err(error),
+            };
             let hdr = frame.hdr;
             let kind = if copy { Kind::Copy } else { Kind::Epoch };
             let continues = copy || hdr.lsn_from.get() == next;
             if hdr.group_id.get() != env.group_id || frame.kind() != kind || !continues {
-                break;
+                return Ok(());
             }
             let copy_from = copy.then_some(next);
             let place = Place { seg: seg.meta.id, frame_off: at, copy_from };
             if index_frame(&frame, place, &env.sizes, &mut indexed).is_err() {
-                break;
+                return Ok(());
             }
             at += frame.bytes.len() as u64;
             next = if copy { next + u64::from(hdr.n_rec.get()) } else { hdr.lsn_to.get() };

@@ -357,6 +357,34 @@ fn damage_in_acknowledged_epochs_is_said_and_not_cut_away() {
     source.check(&group);
 }
 
+/// A disk that answers EIO while the target starts has lost nothing yet.
+#[test]
+fn a_read_error_at_the_start_cuts_nothing_and_passes() {
+    let (sim, files) = sim();
+    let (store, group) = create(&files);
+    let mut source = Source::new(15);
+    source.seed(&group);
+    for _ in 0..3 {
+        group.append_epoch(&source.epoch(2, 3, None)).unwrap();
+    }
+    drop((store, group));
+    let seg_dir = dir().join("groups/g/seg");
+    let path = seg_dir.join(&sim.list(&seg_dir).unwrap()[0]);
+    let len = files.open(&path, Open::Read).unwrap().len().unwrap();
+    for at in (4096..len).step_by(1999).chain([len - 1]) {
+        sim.fail_reads(&path, at..at + 1);
+        let (store, group) = reopen(&files);
+        assert!(group.state().failed.unwrap().contains("cannot be read"), "byte {at}");
+        source.check(&group);
+        drop((store, group));
+        sim.heal();
+        assert_eq!(files.open(&path, Open::Read).unwrap().len().unwrap(), len, "byte {at}");
+        let (_store, group) = reopen(&files);
+        assert_eq!((group.state().failed, group.state().last), (None, Lsn(source.lsn)));
+        source.check(&group);
+    }
+}
+
 #[test]
 fn a_damaged_frame_is_an_error_and_nothing_wrong_is_served() {
     let (sim, files) = sim();
