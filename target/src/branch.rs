@@ -68,7 +68,7 @@ impl Branch {
         let dir = Self::dir(parent, id);
         let files = Arc::clone(&parent.files);
         let (documents, manifest) = Documents::load::<BranchManifest>(files.as_ref(), &dir)?;
-        clean_logs(files.as_ref(), &dir, std::iter::once(&manifest.log))?;
+        clean_logs(files.as_ref(), &dir, std::iter::once(&manifest.log), None)?;
         let (sizes, clock) = (parent.sizes.clone(), Arc::clone(&parent.clock));
         let env = Env::new(files, dir, parent.group_id, sizes, clock, manifest.next_id);
         let opened = Log::open(&env, SegKind::Branch, 0, manifest.log, None)?;
@@ -90,13 +90,21 @@ impl Branch {
         if writer.failed.is_some() { Err(Errno::Io) } else { Ok(writer) }
     }
 
-    fn refuse(writer: &mut BranchWriter, error: &StoreError) -> Errno {
+    fn refuse(&self, writer: &mut BranchWriter, error: &StoreError) -> Errno {
         if error.is_full() {
+            self.tidy(writer);
             return Errno::NoSpc;
         }
         tracing::error!(%error, "a drill's log failed");
         writer.failed = Some(error.to_string());
         Errno::Io
+    }
+
+    /// Removes what a full disk left behind.
+    fn tidy(&self, writer: &BranchWriter) {
+        let refs = std::iter::once(&writer.log.refs);
+        // What cannot be removed now goes when the branch is opened again.
+        let _ = clean_logs(self.env.files.as_ref(), &self.env.dir, refs, None);
     }
 
     fn snapshot(&self) -> LogSnap {
@@ -116,7 +124,7 @@ impl Branch {
         if writer.log.is_due(self.env.clock.mono_us(), ROLL_BYTES)
             && let Err(error) = self.roll(writer)
         {
-            return Err(Self::refuse(writer, &error));
+            return Err(self.refuse(writer, &error));
         }
         let Some(open) = &mut writer.log.open else { return Err(Errno::Io) };
         let lsn = open.lsn_to;
@@ -143,7 +151,7 @@ impl Branch {
         let place = Place { seg: open.meta.id, frame_off: open.end, copy_from: None };
         index_frame(&frame[0], place, &self.env.sizes, &mut indexed).map_err(|_| Errno::Inval)?;
         if let Err(error) = open.write(&frame, false) {
-            return Err(Self::refuse(writer, &error));
+            return Err(self.refuse(writer, &error));
         }
         open.advance(&frame, lsn + 1, &indexed);
         Ok(())
@@ -160,7 +168,10 @@ impl Branch {
         });
         match merged {
             // Merging saves time only; it waits for space.
-            Err(error) if error.is_full() => Ok(()),
+            Err(error) if error.is_full() => {
+                self.tidy(writer);
+                Ok(())
+            }
             merged => merged,
         }
     }
@@ -181,12 +192,12 @@ impl Branch {
             // What it holds is durable only once it is rescued into another file.
             return match self.roll(writer) {
                 Ok(()) => Ok(()),
-                Err(error) => Err(Self::refuse(writer, &error)),
+                Err(error) => Err(self.refuse(writer, &error)),
             };
         }
         match open.sync() {
             Ok(()) => Ok(()),
-            Err(error) => Err(Self::refuse(writer, &error)),
+            Err(error) => Err(self.refuse(writer, &error)),
         }
     }
 }

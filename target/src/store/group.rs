@@ -139,6 +139,7 @@ impl GroupStore {
     /// full disk is final.
     pub(super) fn refuse(&self, writer: &mut Writer, error: StoreError) -> AppendError {
         if error.is_full() {
+            writer.tidy(&self.env);
             return AppendError::Full;
         }
         let why = error.to_string();
@@ -408,11 +409,10 @@ impl GroupStore {
     pub fn maintain(&self) -> Result<bool, StoreError> {
         let Ok(_one) = self.merging.try_lock() else { return Ok(false) };
         let (due, at) = {
-            let Ok(writer) = self.writable() else { return Ok(false) };
-            match writer.due(&self.env) {
-                Some(due) => due,
-                None => return Ok(false),
-            }
+            let Ok(mut writer) = self.writable() else { return Ok(false) };
+            let Some(due) = writer.due(&self.env) else { return Ok(false) };
+            writer.making = Some(due.0.meta);
+            due
         };
         let run = match due.run(&self.env) {
             Ok(run) => run,
@@ -421,10 +421,12 @@ impl GroupStore {
             Err(error) => return Err(error),
         };
         let Ok(mut writer) = self.writable() else { return Ok(false) };
+        writer.making = None;
         if let Err(error) = writer.finish_merge(&self.env, at, &due, run) {
-            let text = error.to_string();
-            self.refuse(&mut writer, error);
-            return Err(StoreError::Failed(text));
+            return match self.refuse(&mut writer, error) {
+                AppendError::Full => Ok(false),
+                error => Err(StoreError::Failed(error.to_string())),
+            };
         }
         self.publish(&writer);
         Ok(true)
@@ -437,8 +439,7 @@ impl GroupStore {
         let merged = due.run(&self.env);
         match merged.and_then(|run| writer.finish_merge(&self.env, at, &due, run)) {
             Ok(()) => self.publish(writer),
-            // The epoch is durable; only the merge waits for space.
-            Err(error) if error.is_full() => {}
+            // The epoch is durable; on a full disk only the merge waits for space.
             Err(error) => {
                 self.refuse(writer, error);
             }
@@ -451,12 +452,13 @@ impl GroupStore {
         lock(&self.writer).roll_bytes = bytes.clamp(1, ROLL_BYTES);
     }
 
-    /// Refuses everything from now on: the group is being deleted.
+    /// Refuses everything from now on: the group is being deleted. A merge under way
+    /// is over on return, so that it writes nothing where another group may be made.
     pub(super) fn close(&self) -> PathBuf {
-        let mut writer = lock(&self.writer);
         let why = "the group was deleted".to_owned();
-        writer.failed = Some(why.clone());
+        lock(&self.writer).failed = Some(why.clone());
         lock(&self.status).failed = Some(why);
+        drop(lock(&self.merging));
         self.write_points(|points| points.set_eras(Vec::<EraEnd>::new()));
         self.env.dir.clone()
     }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use super::StoreError;
 use super::format::{PAGE, SegKind};
 use super::index::{Memtable, Run, merge, write_run};
-use super::manifest::{LogRef, RunRef};
+use super::manifest::{LogRef, RunRef, SegRef};
 use super::segment::{Env, OpenSeg, Recovered, Tagged, read_footer, recover, reindex};
 
 /// The writer's side of a log.
@@ -50,8 +50,12 @@ pub(crate) struct Plan {
 /// A merge that is due.
 #[derive(Debug)]
 pub(crate) struct Due {
+    kind: SegKind,
+    era: u32,
     runs: Vec<Arc<Run>>,
-    meta: RunRef,
+    pub(super) meta: RunRef,
+    /// What the runs are the index of.
+    segs: Vec<SegRef>,
 }
 
 /// What opening a log found.
@@ -89,7 +93,8 @@ impl Log {
                 Err(newer @ StoreError::Newer { .. }) => return Err(newer),
                 Err(error) => {
                     tracing::warn!(%error, "an index run is lost; it is made again");
-                    this.rebuild(env, &refs, meta)?;
+                    let made = rebuild(env, kind, era, &refs.segs, meta)?;
+                    this.runs.extend(made.into_iter().map(Arc::new));
                 }
             }
         }
@@ -114,20 +119,6 @@ impl Log {
         }
         this.refs = refs;
         Ok(Opened { log: this, points, incarnations, failure })
-    }
-
-    /// Makes a lost run again from its segments, one run for each.
-    fn rebuild(&mut self, env: &Env, refs: &LogRef, lost: &RunRef) -> Result<(), StoreError> {
-        let dir = env.idx_dir();
-        let sealed = refs.segs.iter().filter_map(|s| Some((s, s.sealed?)));
-        for (seg, end) in sealed.filter(|(s, end)| s.from >= lost.lo && end.to <= lost.hi) {
-            let memtable = reindex(env, *seg, self.kind, self.era)?;
-            let (lo, hi) = (seg.from, end.to);
-            let meta = RunRef { id: env.take_id(), level: 0, lo, hi, entries: 0, bytes: 0 };
-            let run = write_run(env.files.as_ref(), &dir, env.group_id, meta, &memtable)?;
-            self.runs.push(Arc::new(run));
-        }
-        env.files.sync_dir(&dir).map_err(StoreError::io(&dir))
     }
 
     /// Exclusive end of what is in it; `start` if nothing is.
@@ -180,23 +171,22 @@ impl Log {
         };
         if let Some(open) = &mut self.open {
             if open.broken && open.n_frames > 0 {
-                let rescued = open.rescue(env)?;
+                let mut rescued = open.rescue(env)?;
                 plan.obsolete.push(open.path.clone());
                 plan.refs.segs.pop();
-                plan.refs.segs.push(rescued.meta);
                 if next.is_some() {
+                    plan.refs.segs.push(rescued.meta);
                     plan.open = Some(rescued);
                     return Ok(plan);
                 }
-                *open = rescued;
-                // Until a manifest names its file, nothing may be added to it.
-                open.broken = true;
-            }
-            plan.refs.segs.pop();
-            if open.n_frames == 0 {
-                plan.obsolete.push(open.path.clone());
+                plan.seal(env, &mut rescued)?;
             } else {
-                plan.seal(env, open)?;
+                plan.refs.segs.pop();
+                if open.n_frames == 0 {
+                    plan.obsolete.push(open.path.clone());
+                } else {
+                    plan.seal(env, open)?;
+                }
             }
         }
         if let Some(generation) = next {
@@ -258,7 +248,9 @@ impl Log {
                 let (lo, hi) = (runs[0].meta.lo, runs[MERGE_RUNS - 1].meta.hi);
                 let id = env.take_id();
                 let meta = RunRef { id, level: level + 1, lo, hi, entries: 0, bytes: 0 };
-                return Some(Due { runs, meta });
+                let inside = |s: &&SegRef| s.from >= lo && s.sealed.is_some_and(|e| e.to <= hi);
+                let segs = self.refs.segs.iter().filter(inside).copied().collect();
+                return Some(Due { kind: self.kind, era: self.era, runs, meta, segs });
             }
             start += same;
         }
@@ -292,17 +284,82 @@ impl Plan {
 
 impl Due {
     /// Does the merge; durable on return, but not yet named by a manifest. Needs
-    /// no lock: runs never change.
+    /// no lock: runs never change. On failure no file of it is left.
     pub(crate) fn run(&self, env: &Env) -> Result<Run, StoreError> {
         let dir = env.idx_dir();
-        let run = merge(env.files.as_ref(), &dir, env.group_id, self.meta, &self.runs);
-        if run.is_err() {
+        let mut made = Vec::new();
+        let mut run = self.merge(env, &self.runs);
+        if run.as_ref().is_err_and(|e| !e.is_full()) {
+            run = self.repair(env, &mut made).and_then(|runs| match runs {
+                Some(runs) => self.merge(env, &runs),
+                None => run,
+            });
+        }
+        for run in made {
+            let _ = env.files.remove(&dir.join(run.meta.name()));
+        }
+        let named = run.and_then(|run| {
+            env.files.sync_dir(&dir).map_err(StoreError::io(&dir))?;
+            Ok(run)
+        });
+        if named.is_err() {
             let _ = env.files.remove(&dir.join(self.meta.name()));
         }
-        let run = run?;
-        env.files.sync_dir(&dir).map_err(StoreError::io(&dir))?;
-        Ok(run)
+        named
     }
+
+    fn merge(&self, env: &Env, runs: &[Arc<Run>]) -> Result<Run, StoreError> {
+        let dir = env.idx_dir();
+        let path = dir.join(self.meta.name());
+        if env.files.exists(&path) {
+            env.files.remove(&path).map_err(StoreError::io(&path))?;
+        }
+        merge(env.files.as_ref(), &dir, env.group_id, self.meta, runs)
+    }
+
+    /// The runs, with those that cannot be read made again from their segments
+    /// for as long as the merge takes; None if all can be read.
+    fn repair(
+        &self,
+        env: &Env,
+        made: &mut Vec<Arc<Run>>,
+    ) -> Result<Option<Vec<Arc<Run>>>, StoreError> {
+        let mut runs = Vec::new();
+        for run in &self.runs {
+            match run.check() {
+                Ok(()) => runs.push(Arc::clone(run)),
+                Err(error) => {
+                    tracing::warn!(%error, "an index run is lost; it is made again");
+                    let again = rebuild(env, self.kind, self.era, &self.segs, &run.meta)?;
+                    let again: Vec<_> = again.into_iter().map(Arc::new).collect();
+                    made.extend(again.iter().cloned());
+                    runs.extend(again);
+                }
+            }
+        }
+        Ok((!made.is_empty()).then_some(runs))
+    }
+}
+
+/// Makes a lost run again from its segments, one run for each.
+fn rebuild(
+    env: &Env,
+    kind: SegKind,
+    era: u32,
+    segs: &[SegRef],
+    lost: &RunRef,
+) -> Result<Vec<Run>, StoreError> {
+    let dir = env.idx_dir();
+    let mut runs = Vec::new();
+    let sealed = segs.iter().filter_map(|s| Some((s, s.sealed?)));
+    for (seg, end) in sealed.filter(|(s, end)| s.from >= lost.lo && end.to <= lost.hi) {
+        let memtable = reindex(env, *seg, kind, era)?;
+        let (lo, hi) = (seg.from, end.to);
+        let meta = RunRef { id: env.take_id(), level: 0, lo, hi, entries: 0, bytes: 0 };
+        runs.push(write_run(env.files.as_ref(), &dir, env.group_id, meta, &memtable)?);
+    }
+    env.files.sync_dir(&dir).map_err(StoreError::io(&dir))?;
+    Ok(runs)
 }
 
 /// A segment is sealed at this size.

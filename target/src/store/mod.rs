@@ -29,7 +29,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use blockfilter::block::Export;
-use blockfilter::engine::{Clock, File, Files, Open, read_file, replace_file};
+use blockfilter::engine::{Clock, File, Files, Open, no_space, read_file, replace_file};
 use blockfilter::journal::format::DISKS_MAX;
 use blockfilter::names::{Lsn, Name};
 use serde::{Deserialize, Serialize};
@@ -209,9 +209,10 @@ impl StoreError {
         }
     }
 
-    /// The disk is full: nothing was changed, try again when there is space.
+    /// The disk is full, or a quota or the largest file is reached: nothing was changed, try again when there is space.
     pub fn is_full(&self) -> bool {
-        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull)
+        let full = |e: &io::Error| no_space(e) || e.kind() == io::ErrorKind::FileTooLarge;
+        matches!(self, Self::Io { source, .. } if full(source))
     }
 }
 

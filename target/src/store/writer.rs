@@ -43,6 +43,8 @@ pub(crate) struct Writer {
     pub(super) copied: (u32, u64),
     pub(super) failed: Option<String>,
     pub(super) roll_bytes: u64,
+    /// The run that a merge outside of the lock writes.
+    pub(super) making: Option<RunRef>,
 }
 
 /// The logs of one era.
@@ -108,6 +110,7 @@ impl Writer {
             copied: (0, 0),
             failed: None,
             roll_bytes: ROLL_BYTES,
+            making: None,
             manifest,
         };
         let mut points = PointSet::default();
@@ -386,9 +389,17 @@ impl Writer {
         }
         self.last = s;
         (self.cursor, self.copied) = ((0, 0), (0, 0));
-        // What cannot be removed now goes at the next start.
-        let _ = clean(env.files.as_ref(), &env.dir, &self.manifest);
+        self.tidy(env);
         Ok(())
+    }
+
+    /// Removes what neither the manifest nor a merge under way names. What cannot be
+    /// removed now goes at the next start; drills are made outside of our lock.
+    pub(super) fn tidy(&self, env: &Env) {
+        let files = env.files.as_ref();
+        let logs = self.manifest.eras.iter().flat_map(|e| [&e.stream, &e.copy]);
+        let _ = clean_logs(files, &env.dir, logs, self.making.as_ref());
+        let _ = clean_bases(files, &env.dir, &self.manifest);
     }
 
     /// Writes a first seed's copies to the base. The outer error is what the
@@ -506,10 +517,17 @@ impl Writer {
         due: &Due,
         run: Run,
     ) -> Result<(), StoreError> {
-        let Some(i) = self.eras.iter().position(|e| e.era == era) else { return Ok(()) };
-        let logs = &mut self.eras[i];
-        let log = if copy { &mut logs.copy } else { &mut logs.stream };
-        let Some(plan) = log.plan_merge(env, due, run) else { return Ok(()) };
+        let made = env.idx_dir().join(run.meta.name());
+        let i = self.eras.iter().position(|e| e.era == era);
+        let plan = i.and_then(|i| {
+            let logs = &self.eras[i];
+            let log = if copy { &logs.copy } else { &logs.stream };
+            Some((i, log.plan_merge(env, due, run)?))
+        });
+        let Some((i, plan)) = plan else {
+            let _ = env.files.remove(&made);
+            return Ok(());
+        };
         let mut manifest = self.manifest.clone();
         let refs = &mut manifest.eras[i];
         let refs = if copy { &mut refs.copy } else { &mut refs.stream };
@@ -531,9 +549,13 @@ fn start_point(era: &EraRef) -> Option<PointRec> {
 
 /// Removes files that the manifest does not name: left over from a crash.
 fn clean(files: &dyn Files, dir: &Path, manifest: &Manifest) -> Result<(), StoreError> {
-    clean_logs(files, dir, manifest.eras.iter().flat_map(|e| [&e.stream, &e.copy]))?;
+    clean_logs(files, dir, manifest.eras.iter().flat_map(|e| [&e.stream, &e.copy]), None)?;
     let drills = manifest.drills.iter().map(|d| d.id.to_string()).collect();
     keep_only(files, &dir.join("drills"), &drills)?;
+    clean_bases(files, dir, manifest)
+}
+
+fn clean_bases(files: &dyn Files, dir: &Path, manifest: &Manifest) -> Result<(), StoreError> {
     let disks = 0..manifest.meta.disks.len();
     let bases: Vec<String> =
         manifest.base.iter().flat_map(|b| disks.clone().map(|i| b.name(i))).collect();
@@ -545,13 +567,15 @@ fn clean(files: &dyn Files, dir: &Path, manifest: &Manifest) -> Result<(), Store
     Ok(())
 }
 
-/// Removes segments and runs that no log names.
+/// Removes segments and runs that no log names, but a run that is `making`.
 pub(crate) fn clean_logs<'a>(
     files: &dyn Files,
     dir: &Path,
     logs: impl Iterator<Item = &'a LogRef>,
+    making: Option<&RunRef>,
 ) -> Result<(), StoreError> {
-    let (mut segs, mut runs) = (HashSet::new(), HashSet::new());
+    let mut segs = HashSet::new();
+    let mut runs: HashSet<String> = making.iter().map(|r| r.name()).collect();
     for log in logs {
         segs.extend(log.segs.iter().map(SegRef::name));
         runs.extend(log.runs.iter().map(RunRef::name));

@@ -17,6 +17,7 @@ use crate::points::{PointKind, PointQuery, PointSpec};
 
 mod crash;
 mod drill;
+mod merge;
 mod model;
 
 use model::{Source, create, dir, meta, name, reopen};
