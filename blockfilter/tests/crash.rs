@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use blockfilter::config::GroupPaths;
 use blockfilter::control::Mode;
 use blockfilter::engine::Clock;
 use blockfilter::engine::real::RealFiles;
@@ -15,10 +16,11 @@ use blockfilter::engine::record::crash::{Change, Entry, Unsynced};
 use blockfilter::engine::record::{Failure, Fault, Op, Rng, SimFiles, Sweep, for_each_crash};
 use blockfilter::group::conn::{Conn, Progress, Shared};
 use blockfilter::group::serve::wait_until;
+use blockfilter::group::start;
 use blockfilter::group::volume::{Refusal, Volume, VolumeEvent};
 use blockfilter::journal;
 use blockfilter::journal::format::RecOp;
-use blockfilter::journal::reader::JournalReader;
+use blockfilter::journal::reader::{JournalReader, ReadError};
 use blockfilter::names::Lsn;
 
 #[path = "common/sim.rs"]
@@ -629,4 +631,98 @@ fn without_a_readable_journal_a_kill_loses_nothing() {
     let mut volume = site.open(Arc::new(files), "inline").unwrap();
     assert_eq!(volume.positions().mode, Mode::Unjournaled);
     assert!(content(&mut volume) == model);
+}
+
+/// I8: without a journal a power cut takes positions back; they are not given again under
+/// the same incarnation. A kill keeps all, whether or not the journal can be read again.
+#[test]
+fn without_a_journal_positions_are_not_given_again_under_one_incarnation() {
+    let mut files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    let mut model = Model::new();
+    let mut volume = unjournaled(&files, &site, &mut model);
+    let mut last = volume.positions();
+    for readable in [true, false, true] {
+        carry_out(&mut volume, &mut model, &site.clock, &stripe(4096, 2));
+        carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
+        drop(volume);
+        site.lose_memory();
+        let log = files.log();
+        files = log.crash_with(log.entries.len(), &mut |_| false);
+        if !readable {
+            files.fail_reads(Path::new("/journal"), 0..u64::MAX);
+        }
+        volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+        let now = volume.positions();
+        assert_eq!(now.mode, Mode::Unjournaled);
+        assert!(now.incarnation > last.incarnation, "{now:?} after {last:?}");
+        assert!(content(&mut volume) == model);
+        carry_out(&mut volume, &mut model, &site.clock, &stripe(8192, 3));
+        drop(volume);
+        files.heal();
+        volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+        assert!(content(&mut volume) == model);
+        assert_eq!(volume.positions().incarnation, now.incarnation);
+        last = now;
+    }
+}
+
+/// A failed journal that is gone keeps nobody from the disks.
+#[test]
+fn a_group_without_a_journal_starts_when_the_journal_is_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let site = site(dir.path(), 6);
+    site.create(&RealFiles);
+    let paths = GroupPaths::new(dir.path(), &site.config.group);
+    std::fs::create_dir_all(paths.dir()).unwrap();
+    std::fs::remove_file(&site.config.journal).unwrap();
+    let error = start::open(&site.config, &paths).unwrap_err().to_string();
+    assert!(error.contains("journal"), "{error}");
+    std::fs::write(paths.dir().join("unjournaled"), "it failed\n").unwrap();
+    let serve = |incarnation: u64, byte: u8| {
+        let mut volume = start::open(&site.config, &paths).unwrap();
+        let positions = volume.positions();
+        assert_eq!((positions.mode, positions.incarnation), (Mode::Unjournaled, incarnation));
+        let (_, end) = until(&mut volume, |v| v.write(0, 0, &[byte; 4096], true));
+        volume.wait_durable(end, 1);
+        wait_until(&mut volume, |v| v.positions().durable >= Lsn(end)).unwrap();
+        drop(volume);
+        let disk = std::fs::read(&site.config.disks[0].path).unwrap();
+        assert!(disk[..4096] == [byte; 4096]);
+    };
+    serve(2, 7);
+    serve(2, 8);
+    site.lose_memory();
+    serve(3, 9);
+}
+
+/// A reader from before a loss says so instead of handing out what has another history.
+#[test]
+fn a_reader_of_an_earlier_incarnation_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let site = site(dir.path(), 6);
+    site.create(&RealFiles);
+    let mut model = Model::new();
+    let flushed = |volume: &mut Volume, model: &mut Model, byte: u8| {
+        carry_out(volume, model, &site.clock, &stripe(0, byte));
+        carry_out(volume, model, &site.clock, &Act::Flush);
+        volume.positions().durable
+    };
+    let mut volume = site.open(Arc::new(RealFiles), "inline").unwrap();
+    let first = flushed(&mut volume, &mut model, 1);
+    let mut reader = JournalReader::open(&site.config).unwrap();
+    let (mut out, start) = (Vec::new(), Lsn(4096));
+    assert!(!reader.read(start, first, 1 << 20, &mut out).unwrap().0.is_empty());
+    drop(volume);
+    site.lose_memory();
+    let mut volume = site.open(Arc::new(RealFiles), "inline").unwrap();
+    let second = flushed(&mut volume, &mut model, 2);
+    for arena in [true, false] {
+        let error = reader.read(first, second, 1 << 20, &mut out).unwrap_err();
+        let told = matches!(error, ReadError::Incarnation { expected: 1, found: 2 });
+        assert!(told, "arena {arena}: {error}");
+        site.lose_memory();
+    }
+    let mut reader = JournalReader::open(&site.config).unwrap();
+    assert!(!reader.read(first, second, 1 << 20, &mut out).unwrap().0.is_empty());
 }

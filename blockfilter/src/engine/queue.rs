@@ -18,12 +18,13 @@ use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use rustix::event::{EventfdFlags, eventfd};
 use zerocopy::IntoBytes;
 
-use super::{File, Files, replace_file};
+use super::{File, Files};
 use crate::apply::ApplyOp;
 use crate::arena::{Arena, Word};
 use crate::block::Extent;
 use crate::journal::batch::super_offset;
 use crate::journal::format::JournalSuper;
+use crate::journal::note;
 
 /// Something to do.
 #[derive(Debug)]
@@ -45,8 +46,8 @@ pub enum Op {
     SyncDisks,
     /// Write and sync a super block.
     WriteSuper(Box<JournalSuper>),
-    /// Write the note that the journal is dead.
-    MarkUnjournaled,
+    /// Write the note that the journal is dead and this incarnation in use.
+    MarkUnjournaled(u64),
     /// Read these gaps of a disk into `buf`: `(disk offset, bytes, place in buf)`.
     Read {
         /// Comes back in the answer.
@@ -144,11 +145,9 @@ impl Target {
             Op::Apply(disks) => Done::Apply(self.apply(&disks)),
             Op::SyncDisks => Done::SyncDisks(self.sync_disks()),
             Op::WriteSuper(sup) => Done::WriteSuper(self.write_super(&sup)),
-            Op::MarkUnjournaled => Done::MarkUnjournaled(replace_file(
-                self.files.as_ref(),
-                &self.marker,
-                b"A write or sync of the journal failed. It must not be replayed.\n",
-            )),
+            Op::MarkUnjournaled(incarnation) => {
+                Done::MarkUnjournaled(note::write(self.files.as_ref(), &self.marker, incarnation))
+            }
             Op::Read { token, disk, gaps, mut buf } => {
                 let result = gaps.iter().try_for_each(|(offset, len, at)| {
                     let to = &mut buf[*at..*at + *len as usize];
@@ -251,7 +250,7 @@ enum Lane {
 fn lane_of(op: &Op) -> Lane {
     match op {
         Op::JournalWrite { .. } | Op::JournalSync => Lane::Journal,
-        Op::Apply(_) | Op::SyncDisks | Op::WriteSuper(_) | Op::MarkUnjournaled => Lane::Disks,
+        Op::Apply(_) | Op::SyncDisks | Op::WriteSuper(_) | Op::MarkUnjournaled(_) => Lane::Disks,
         Op::Read { .. } | Op::Extents { .. } => Lane::Reads,
     }
 }

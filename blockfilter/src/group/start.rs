@@ -25,6 +25,7 @@ use crate::engine::{Clock, File, Files, Latched, Open};
 use crate::filter::{Filter, FilterConfig, Memory, Start};
 use crate::journal::batch::{finish_super, parse_batch, payloads_ok, super_offset};
 use crate::journal::format::*;
+use crate::journal::note;
 use crate::journal::open::{OpenError, Scanned, read_chunks, read_super, scan};
 use crate::journal::{chunks::Slots, first_super, geometry_of};
 use crate::overlay::Overlay;
@@ -86,12 +87,18 @@ pub struct Parts {
 pub fn open(config: &GroupConfig, paths: &GroupPaths) -> Result<Volume, StartError> {
     let files: Arc<dyn Files> = Arc::new(RealFiles);
     let clock: Arc<dyn Clock> = Arc::new(RealClock::new());
-    let journal = open_locked(files.as_ref(), &config.journal, Open::Direct)?;
+    let marker = paths.dir().join("unjournaled");
+    let journal = match open_locked(files.as_ref(), &config.journal, Open::Direct) {
+        Err(StartError::File { source, .. }) if files.exists(&marker) => {
+            tracing::error!(error = %source, "the failed journal cannot be opened any more");
+            no_journal(files.as_ref())?
+        }
+        other => other?,
+    };
     let mut disks = Vec::new();
     for disk in &config.disks {
         disks.push(open_locked(files.as_ref(), &disk.path, Open::ReadWrite)?);
     }
-    let marker = paths.dir().join("unjournaled");
     let parts = recover(config, files, journal, disks, marker, clock.mono_us())?;
     let engine = choose_engine(&parts.target)?;
     Ok(Volume::new(
@@ -103,6 +110,13 @@ pub fn open(config: &GroupConfig, paths: &GroupPaths) -> Result<Volume, StartErr
         clock,
         config.arena_path(),
     ))
+}
+
+/// Stands in for a dead journal that cannot be opened: nothing can be read from it, and
+/// writing is refused. The locks on the disks keep a second process away.
+fn no_journal(files: &dyn Files) -> Result<Arc<dyn File>, StartError> {
+    let path = PathBuf::from("/dev/null");
+    files.open(&path, Open::Read).map_err(|source| StartError::File { path, source })
 }
 
 /// Opens a file and locks that very descriptor, which all later I/O uses: the lock is
@@ -155,13 +169,15 @@ pub fn recover(
     let volume_disks = check_disks(config, &disks)?;
     // Left by a process that died over it.
     let _ = std::fs::remove_file(again_path(config));
-    let dead = files.exists(&marker);
+    let noted = note::read(files.as_ref(), &marker)
+        .map_err(|source| StartError::File { path: marker.clone(), source })?;
+    let dead = noted.is_some();
     let journal: Arc<dyn File> = Arc::new(Latched::new(journal));
     let in_journal = |source| StartError::Journal { path: config.journal.clone(), source };
-    let sup = match read_super(journal.as_ref(), config) {
-        Ok(sup) => sup,
-        Err(error) if !dead => return Err(in_journal(error)),
-        Err(_) => unreadable_super(config).map_err(|e| in_journal(e.into()))?,
+    let found = read_super(journal.as_ref(), config);
+    let sup = match noted {
+        Some(noted) => dead_super(config, found.ok(), noted).map_err(|e| in_journal(e.into()))?,
+        None => found.map_err(in_journal)?,
     };
     let make = |arena: Arc<Arena>| {
         Arc::new(Target {
@@ -200,7 +216,7 @@ pub fn recover(
         }
     }
     let start = if dead {
-        bare(sup)
+        bare(sup, files.as_ref(), &marker)?
     } else {
         cold(config, &journal, sup, &make).map_err(|e| match e {
             ColdError::Journal(e) => in_journal(e),
@@ -360,23 +376,42 @@ fn open_records(arena: &Arena, lsn: u64, count: u64) -> Result<Vec<RecDesc>, &'s
     Ok(descs)
 }
 
-/// Stands in for the super block of a dead journal: of the arena's identity, if there is
-/// one, because that still holds what was acknowledged.
-fn unreadable_super(config: &GroupConfig) -> io::Result<JournalSuper> {
-    let mut sup = first_super(config)?;
+/// The super block of a group whose journal is dead: of the journal, if it can still be
+/// read, with the incarnation in use. An arena that is not older holds what was
+/// acknowledged: its identity comes first.
+fn dead_super(
+    config: &GroupConfig,
+    found: Option<JournalSuper>,
+    noted: u64,
+) -> io::Result<JournalSuper> {
+    let mut sup = match found {
+        Some(sup) => sup,
+        None => first_super(config)?,
+    };
+    sup.incarnation = sup.incarnation.get().max(noted).into();
     if let Some(arena) = Arena::identity(&config.arena_path())?
         && arena.incarnation.get() != u64::MAX
+        && arena.incarnation >= sup.incarnation
     {
-        sup.journal_uuid = arena.journal_uuid;
+        if arena.journal_uuid != sup.journal_uuid {
+            // Made when the journal could not be read: its positions are of that time.
+            sup = first_super(config)?;
+            sup.journal_uuid = arena.journal_uuid;
+        }
         sup.incarnation = arena.incarnation;
     }
     Ok(sup)
 }
 
-/// A start without a journal: the disks are the truth.
-fn bare(sup: JournalSuper) -> Start {
+/// A start without a journal and without an arena: the disks are the truth. Positions are
+/// given again from the checkpoint on, so under the next incarnation, durably (I8).
+fn bare(mut sup: JournalSuper, files: &dyn Files, marker: &Path) -> Result<Start, StartError> {
+    let incarnation = sup.incarnation.get() + 1;
+    note::write(files, marker, incarnation)
+        .map_err(|source| StartError::File { path: marker.to_owned(), source })?;
+    sup.incarnation = incarnation.into();
     let at = geometry_of(&sup).normal(sup.checkpoint.get());
-    Start {
+    Ok(Start {
         slots: Slots::new(geometry_of(&sup), Default::default()),
         sup,
         applied: at,
@@ -385,7 +420,7 @@ fn bare(sup: JournalSuper) -> Start {
         sealed: Vec::new(),
         open: Vec::new(),
         unjournaled: true,
-    }
+    })
 }
 
 /// The memory of [`write_again`].

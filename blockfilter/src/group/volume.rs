@@ -430,7 +430,7 @@ impl Volume {
             Action::Apply { to } => Op::Apply(plan(self.filter.window(to))),
             Action::SyncDisks => Op::SyncDisks,
             Action::WriteSuper(sup) => Op::WriteSuper(sup),
-            Action::MarkUnjournaled => Op::MarkUnjournaled,
+            Action::MarkUnjournaled => Op::MarkUnjournaled(self.positions().incarnation),
         };
         self.engine.submit(op);
     }

@@ -2,7 +2,8 @@
 //!
 //! [`format`] is the layout, [`batch`] makes and checks headers, [`chunks`] says
 //! which slot holds what, [`recover`] decides what a found batch means,
-//! [`open`] does the reading that recovery needs, [`reader`] serves the replicator.
+//! [`open`] does the reading that recovery needs, [`reader`] serves the replicator,
+//! [`note`] says beside a dead journal that it is dead.
 //!
 //! Comes after the filter's order and before the disk: nothing is applied that is
 //! not durable here (I3). Never overwrites a slot that is still needed (I5).
@@ -10,6 +11,7 @@
 pub mod batch;
 pub mod chunks;
 pub mod format;
+pub mod note;
 pub mod open;
 pub mod reader;
 pub mod recover;

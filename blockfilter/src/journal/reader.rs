@@ -12,12 +12,14 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use zerocopy::IntoBytes;
+
 use super::batch::{parse_batch, payloads_ok, short_id};
 use super::chunks::ChunkGeometry;
 use super::format::{BATCH_PAD, BatchHdr, JournalSuper, PAGE, RecDesc};
 use super::geometry_of;
 use super::open::{OpenError, read_chunks, read_super};
-use crate::arena::{RING_AT, Word};
+use crate::arena::{ARENA_MAGIC, ArenaHdr, RING_AT, Word};
 use crate::config::GroupConfig;
 use crate::engine::real::RealFiles;
 use crate::engine::{File, Files, Open};
@@ -59,6 +61,14 @@ pub enum ReadError {
     /// The position is no longer kept (overwritten in the arena, recycled in the file).
     #[error("the journal no longer holds position {0}")]
     Gone(Lsn),
+    /// The group started anew after a loss: what was read before may have been taken back.
+    #[error("the group is in incarnation {found}, and this reader was opened in {expected}")]
+    Incarnation {
+        /// When the reader was opened.
+        expected: u64,
+        /// Now.
+        found: u64,
+    },
     /// Durable data is damaged.
     #[error("the journal is damaged at position {0}: {1}")]
     Damaged(Lsn, &'static str),
@@ -119,6 +129,9 @@ impl JournalReader {
                 Some(found) => found,
                 None => self.read_file(at, want, out)?,
             };
+            for batch in &batches {
+                self.check_incarnation(batch.hdr.incarnation.get())?;
+            }
             if !batches.is_empty() {
                 return Ok((batches, Lsn(next)));
             }
@@ -132,9 +145,9 @@ impl JournalReader {
         at: u64,
         want: u64,
         out: &mut Vec<u8>,
-    ) -> io::Result<Option<(Vec<BatchRef>, u64)>> {
+    ) -> Result<Option<(Vec<BatchRef>, u64)>, ReadError> {
         if self.arena.is_none() {
-            self.arena = self.files.open(&self.arena_path, Open::Read).ok();
+            self.arena = self.open_arena()?;
         }
         let Some(arena) = self.arena.clone() else { return Ok(None) };
         let floor = |arena: &dyn File| -> io::Result<u64> {
@@ -155,6 +168,30 @@ impl JournalReader {
                 Ok(None)
             }
         }
+    }
+
+    /// The arena, if it is of this journal and incarnation.
+    fn open_arena(&self) -> Result<Option<Arc<dyn File>>, ReadError> {
+        let Ok(arena) = self.files.open(&self.arena_path, Open::Read) else { return Ok(None) };
+        let mut hdr = ArenaHdr::default();
+        let read = arena.read_exact_at(0, hdr.as_mut_bytes());
+        if read.is_err() || hdr.magic != ARENA_MAGIC || hdr.journal_uuid != self.sup.journal_uuid {
+            return Ok(None);
+        }
+        let found = hdr.incarnation.get();
+        // The memory of a start that writes the journal back is of none.
+        if found != u64::MAX {
+            self.check_incarnation(found)?;
+        }
+        Ok((found == self.sup.incarnation.get()).then_some(arena))
+    }
+
+    fn check_incarnation(&self, found: u64) -> Result<(), ReadError> {
+        let expected = self.sup.incarnation.get();
+        if found > expected {
+            return Err(ReadError::Incarnation { expected, found });
+        }
+        Ok(())
     }
 
     fn read_file(
