@@ -87,7 +87,13 @@ impl Ctl {
         self.next_request(volume, connections, now)
     }
 
-    fn next_request(
+    /// Whether a whole request waits that none before it holds up any more.
+    pub fn has_request(&self) -> bool {
+        self.pending.is_none() && self.input.contains(&b'\n')
+    }
+
+    /// Starts the requests that were received, up to one that has to wait.
+    pub fn next_request(
         &mut self,
         volume: &mut Volume,
         connections: u32,

@@ -156,6 +156,7 @@ impl Server {
                     }
                 }
             }
+            let requests = self.control_turn(touched, now);
             let mut again = VecDeque::new();
             if room {
                 again.append(&mut self.waiting);
@@ -164,7 +165,7 @@ impl Server {
                 again.append(&mut self.budget);
             }
             self.staged_seen = self.shared.staged;
-            if !any && again.is_empty() {
+            if !any && !requests && again.is_empty() {
                 break;
             }
             for id in again {
@@ -172,11 +173,27 @@ impl Server {
                 self.progress(id, now);
             }
         }
+    }
+
+    /// Lets control connections look at what they wait for, then at what came behind it.
+    /// True if that started something.
+    fn control_turn(&mut self, touched: &mut Vec<u64>, now: u64) -> bool {
+        let mut ready = Vec::new();
         for (id, ctl) in &mut self.ctls {
             if ctl.turn(&mut self.volume, now) {
                 touched.push(*id);
             }
+            if ctl.has_request() && self.stopping.is_none_or(|(by, _)| by != *id) {
+                ready.push(*id);
+            }
         }
+        let connections = self.conns.len() as u32;
+        for id in &ready {
+            let Some(ctl) = self.ctls.get_mut(id) else { continue };
+            let asked = ctl.next_request(&mut self.volume, connections, now);
+            self.handle_asked(*id, asked);
+        }
+        !ready.is_empty()
     }
 
     fn ready(&mut self, id: u64, now: u64) {
@@ -185,7 +202,12 @@ impl Server {
             return;
         }
         let Some(ctl) = self.ctls.get_mut(&id) else { return };
-        match ctl.receive(&mut self.volume, self.conns.len() as u32, now) {
+        let asked = ctl.receive(&mut self.volume, self.conns.len() as u32, now);
+        self.handle_asked(id, asked);
+    }
+
+    fn handle_asked(&mut self, id: u64, asked: io::Result<Option<Ask>>) {
+        match asked {
             Ok(None) => {}
             Ok(Some(Ask::Stop { drain })) => {
                 self.stopping.get_or_insert((id, drain));
