@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockfilter::engine::{Clock, Files, read_file, replace_file};
+use blockfilter::engine::{Clock, Files, make_dir, read_file, replace_file};
 use serde::{Deserialize, Serialize};
 
 use crate::frame::{FrameBuf, FrameError};
@@ -115,7 +115,7 @@ pub fn join(
         return Err(RpcError::Joined(joined));
     }
     let pki = pki_dir(dir);
-    files.create_dir_all(&pki).map_err(file(&pki))?;
+    make_dir(files, &pki).map_err(file(&pki))?;
     let key = durable_key(files, &pki.join(KEY_PEM))?;
     let tls = joining_tls(&token.ca_sha256)?;
     let request =
@@ -215,7 +215,7 @@ pub fn write_viewer(
     issued: &identity::Issued,
 ) -> Result<Vec<PathBuf>, RpcError> {
     let file = |path: &Path, e| RpcError::File(path.display().to_string(), e);
-    files.create_dir_all(out).map_err(|e| file(out, e))?;
+    make_dir(files, out).map_err(|e| file(out, e))?;
     let mut made = Vec::new();
     for (name, text) in [
         ("ca-cert.pem", &issued.ca_pem),

@@ -16,7 +16,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use blockfilter::engine::{Files, read_file, replace_file};
+use blockfilter::engine::{Files, make_dir, read_file, replace_file};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
     DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
@@ -137,7 +137,7 @@ impl Authority {
         if files.exists(&pki.join(CA_PEM)) {
             return Err(IdentityError::Exists(pki.display().to_string()));
         }
-        files.create_dir_all(pki).map_err(|e| file_error(pki, e))?;
+        make_dir(files, pki).map_err(|e| file_error(pki, e))?;
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
         params.distinguished_name = names("Standfast authority", None);

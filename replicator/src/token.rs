@@ -12,7 +12,7 @@ use std::sync::Mutex;
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use blockfilter::engine::{Files, read_file, replace_file};
+use blockfilter::engine::{Files, make_dir, read_file, replace_file};
 use ring::rand::SecureRandom;
 use serde::{Deserialize, Serialize};
 
@@ -118,7 +118,7 @@ impl Tokens {
             used_by_key: None,
             used_by: None,
         };
-        files.create_dir_all(&self.dir)?;
+        make_dir(files, &self.dir)?;
         self.store(files, &secret, &record)?;
         Ok(Token {
             v: 1,
@@ -208,6 +208,7 @@ const RECORD_MAX: u64 = 16 << 10;
 mod tests {
     use super::*;
     use blockfilter::engine::real::RealFiles;
+    use blockfilter::engine::record::SimFiles;
 
     fn order(reusable: bool) -> TokenOrder {
         TokenOrder {
@@ -224,6 +225,17 @@ mod tests {
         let random = ring::rand::SystemRandom::new();
         let token = tokens.create(&RealFiles, &random, &order(reusable), 1_000_000).unwrap();
         (tokens, token)
+    }
+
+    #[test]
+    fn a_token_that_was_given_out_survives_a_power_cut() {
+        let files = SimFiles::new();
+        let tokens = Tokens::new(Path::new("/t/tokens"));
+        let random = ring::rand::SystemRandom::new();
+        let token = tokens.create(&files, &random, &order(false), 1_000_000).unwrap();
+        let log = files.log();
+        let after = log.crash_with(log.entries.len(), &mut |_| false);
+        tokens.redeem(&after, &token.secret, "key", "m", 1_000_000).unwrap();
     }
 
     #[test]

@@ -118,6 +118,17 @@ pub trait Files: Send + Sync + Debug {
     fn free_bytes(&self, path: &Path) -> io::Result<u64>;
 }
 
+/// Makes a folder and its missing parents; their names are durable on return.
+pub fn make_dir(files: &dyn Files, path: &Path) -> io::Result<()> {
+    let missing = path.ancestors().take_while(|p| !files.exists(p)).count();
+    files.create_dir_all(path)?;
+    // The last name even if it was there: its maker may have died before this.
+    path.ancestors().skip(1).take(missing.max(1)).try_for_each(|dir| match dir.as_os_str() {
+        name if name.is_empty() => files.sync_dir(Path::new(".")),
+        _ => files.sync_dir(dir),
+    })
+}
+
 /// Writes `data` to `path` so that after a crash either the old or the new
 /// content is there: temporary file, sync, rename, sync of the folder.
 pub fn replace_file(files: &dyn Files, path: &Path, data: &[u8]) -> io::Result<()> {

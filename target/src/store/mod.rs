@@ -29,7 +29,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use blockfilter::block::Export;
-use blockfilter::engine::{Clock, File, Files, Open, no_space, read_file, replace_file};
+use blockfilter::engine::{Clock, File, Files, Open, make_dir, no_space, read_file, replace_file};
 use blockfilter::journal::format::DISKS_MAX;
 use blockfilter::names::{Lsn, Name};
 use serde::{Deserialize, Serialize};
@@ -291,12 +291,7 @@ impl Store {
             return Err(StoreError::Exists(dir.to_owned()));
         }
         let groups = dir.join(GROUPS);
-        let missing = groups.ancestors().take_while(|p| !files.exists(p)).count();
-        files.create_dir_all(&groups).map_err(StoreError::io(&groups))?;
-        for parent in groups.ancestors().skip(1).take(missing) {
-            let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
-            files.sync_dir(parent).map_err(StoreError::io(parent))?;
-        }
+        make_dir(files.as_ref(), &groups).map_err(StoreError::io(&groups))?;
         let lock = take_lock(files.as_ref(), dir)?;
         let store = StoreFile { format: FORMAT.to_owned(), version: STORE_VERSION };
         let text =

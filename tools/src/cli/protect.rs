@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use blockfilter::config::{DiskConfig, GroupConfig, GroupPaths};
+use blockfilter::engine::make_dir;
+use blockfilter::engine::real::RealFiles;
 use blockfilter::names::Name;
 use clap::Args;
 use uuid::Uuid;
@@ -131,7 +133,7 @@ fn plan(args: &ProtectArgs, dir: &Path) -> Outcome<GroupConfig> {
 /// The folder for FUSE files: made if missing, empty.
 fn check_folder(folder: &Path) -> Outcome {
     let what = format!("cannot show files in {}", folder.display());
-    std::fs::create_dir_all(folder).map_err(|e| Failure::io(what.clone(), &e))?;
+    make_dir(&RealFiles, folder).map_err(|e| Failure::io(what.clone(), &e))?;
     let mut entries = std::fs::read_dir(folder).map_err(|e| Failure::io(what.clone(), &e))?;
     if entries.next().is_some() {
         return Err(Failure::coded(Exit::Busy, 17, what)

@@ -27,6 +27,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use blockfilter::engine::make_dir;
 use blockfilter::engine::real::RealFiles;
 use blockfilter::nbd::server::ServerConfig;
 
@@ -81,11 +82,15 @@ pub fn notify_stopping() {
     let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
 }
 
-/// Makes a folder that only its owner may enter.
+/// Makes a folder that only its owner may enter; its name is durable on return.
 pub fn private_dir(dir: &Path) -> Outcome {
     use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
     let what = || format!("cannot make the folder {}", dir.display());
+    if let Some(parent) = dir.parent().filter(|p| !p.as_os_str().is_empty() && !p.exists()) {
+        private_dir(parent)?;
+    }
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).failed(what())?;
+    make_dir(&RealFiles, dir).failed(what())?;
     let mode = std::fs::metadata(dir).failed(what())?.permissions().mode();
     if mode & 0o077 != 0 {
         std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700)).failed(what())?;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::crash::{CrashPoint, Survive, Sweep, for_each_crash};
 use super::{Failure, Fault, Op, Rng, SimFiles};
-use crate::engine::{Files, Open, read_file, replace_file};
+use crate::engine::{Files, Open, make_dir, read_file, replace_file};
 
 fn path(name: &str) -> &Path {
     Path::new(name)
@@ -260,4 +260,19 @@ fn a_crash_point_replays_to_the_same_state() {
     for_each_crash(&log, sweep, |files, point| {
         assert_eq!(content(&files, "/f"), content(&log.crash(point), "/f"), "{point}");
     });
+}
+
+#[test]
+fn a_folder_that_was_made_is_there_after_a_power_cut() {
+    let files = SimFiles::new();
+    files.create_dir_all(path("/a")).unwrap();
+    files.settle();
+    // Made by somebody who died before its name was durable.
+    files.create_dir_all(path("/a/b")).unwrap();
+    for folder in ["/a/b", "/a/c/d/e"] {
+        make_dir(&files, path(folder)).unwrap();
+        let after =
+            files.log().crash(CrashPoint { at: files.log_len(), survive: Survive::Nothing });
+        assert!(after.exists(path(folder)), "{folder}");
+    }
 }
