@@ -2,7 +2,9 @@
 //!
 //! Owns connections and, per group, which session may write and what its
 //! heartbeats prove. One thread a connection. Holds: a peer without certificate
-//! may only join and gets 64 KiB to say so; a group's data is taken from its
+//! may only join, gets 64 KiB to say so, and cannot keep agents out: those that
+//! showed no certificate yet are counted apart, and the oldest of too many is cut
+//! off for the next; a group's data is taken from its
 //! owner only; a HELLO ends the older session under the group's lock before the
 //! durable end is read (ruling 13), so two sessions never both append; what is
 //! acknowledged is durable. Before it: [`crate::receiver`]. After it:
@@ -10,7 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -141,8 +143,74 @@ struct Shared {
     groups: Mutex<BTreeMap<Name, Arc<GroupLink>>>,
     stop: AtomicBool,
     wake: Waker,
-    connections: AtomicUsize,
+    /// Connections of peers with a certificate.
+    known: AtomicUsize,
+    strangers: Mutex<Strangers>,
     next_session: AtomicU64,
+}
+
+/// Connections without a certificate, yet or at all.
+#[derive(Debug, Default)]
+struct Strangers {
+    /// By age: those that were not cut off.
+    open: BTreeMap<u64, TcpStream>,
+    next: u64,
+    /// Theirs, and of those that were cut off and are about to end.
+    threads: usize,
+}
+
+/// One of [`Strangers`], until dropped.
+struct Stranger {
+    shared: Arc<Shared>,
+    id: u64,
+}
+
+impl Stranger {
+    /// Takes a place, if need be the oldest one's; None if those that were cut off
+    /// do not end as fast as new ones come.
+    fn enter(shared: &Arc<Shared>, socket: &TcpStream) -> io::Result<Option<Self>> {
+        let socket = socket.try_clone()?;
+        let mut strangers = lock(&shared.strangers);
+        if strangers.threads >= 2 * STRANGERS_MAX {
+            return Ok(None);
+        }
+        if strangers.open.len() >= STRANGERS_MAX
+            && let Some((_, oldest)) = strangers.open.pop_first()
+        {
+            // It may be gone already.
+            let _ = oldest.shutdown(Shutdown::Both);
+        }
+        let id = strangers.next;
+        strangers.next += 1;
+        strangers.threads += 1;
+        strangers.open.insert(id, socket);
+        Ok(Some(Self { shared: shared.clone(), id }))
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        let mut strangers = lock(&self.shared.strangers);
+        strangers.open.remove(&self.id);
+        strangers.threads -= 1;
+    }
+}
+
+/// A connection of a peer with a certificate, until dropped.
+struct Known<'a>(&'a AtomicUsize);
+
+impl<'a> Known<'a> {
+    /// None if there are too many.
+    fn enter(count: &'a AtomicUsize) -> Option<Self> {
+        let this = Self(count);
+        (count.fetch_add(1, Ordering::SeqCst) < KNOWN_MAX).then_some(this)
+    }
+}
+
+impl Drop for Known<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 /// Who writes a group, and what is known of its source. In memory only.
@@ -192,7 +260,8 @@ pub fn start(
         groups: Mutex::default(),
         stop: AtomicBool::new(false),
         wake: Waker::new()?,
-        connections: AtomicUsize::new(0),
+        known: AtomicUsize::new(0),
+        strangers: Mutex::default(),
         next_session: AtomicU64::new(1),
     });
     let accepting = shared.clone();
@@ -244,27 +313,22 @@ fn accept_loop(shared: &Arc<Shared>, listener: &TcpListener) {
 }
 
 fn spawn_session(shared: &Arc<Shared>, socket: TcpStream) -> io::Result<Option<JoinHandle<()>>> {
-    if shared.connections.fetch_add(1, Ordering::SeqCst) >= CONNECTIONS_MAX {
-        shared.connections.fetch_sub(1, Ordering::SeqCst);
-        tracing::warn!("too many connections; one was dropped");
+    let Some(stranger) = Stranger::enter(shared, &socket)? else {
+        tracing::warn!("too many connections without a certificate; one was dropped");
         return Ok(None);
-    }
+    };
     let owned = shared.clone();
-    let thread = std::thread::Builder::new().name("sf-session".into()).spawn(move || {
-        serve(&owned, socket);
-        owned.connections.fetch_sub(1, Ordering::SeqCst);
-    });
-    if thread.is_err() {
-        shared.connections.fetch_sub(1, Ordering::SeqCst);
-    }
+    let thread = std::thread::Builder::new()
+        .name("sf-session".into())
+        .spawn(move || serve(&owned, socket, stranger));
     thread.map(Some)
 }
 
-fn serve(shared: &Arc<Shared>, socket: TcpStream) {
+fn serve(shared: &Arc<Shared>, socket: TcpStream, stranger: Stranger) {
     let from = socket.peer_addr().map(|a| a.to_string()).unwrap_or_default();
     let channel = Channel::accept(socket, shared.tls.clone(), shared.clock.clone(), HANDSHAKE_MAX);
     match channel {
-        Ok(channel) => requests::serve(shared, channel, &from),
+        Ok(channel) => requests::serve(shared, channel, &from, stranger),
         Err(error) => tracing::info!(from, %error, "a connection failed in its handshake"),
     }
 }
@@ -382,8 +446,10 @@ fn seed_at(state: &GroupState) -> Option<SeedAt> {
     })
 }
 
-/// Most connections at a time.
-const CONNECTIONS_MAX: usize = 256;
+/// Most connections of peers with a certificate at a time.
+const KNOWN_MAX: usize = 256;
+/// Most others.
+const STRANGERS_MAX: usize = 64;
 /// Longest wait for sessions at a stop.
 const STOP_US: u64 = 5_000_000;
 /// TLS handshake, and the first message after it.

@@ -15,23 +15,35 @@ use replicator::transport::{Channel, ChannelError, STRANGER_FRAME_MAX};
 use replicator::wire::{Kind, WIRE_VERSION};
 use uuid::Uuid;
 
-use super::{HANDSHAKE_MAX, Shared, stream};
+use super::{HANDSHAKE_MAX, Known, Shared, Stranger, stream};
 use crate::store::{DiskMeta, GroupMeta, GroupStore, StoreError};
 
 /// Serves one connection to its end.
-pub(super) fn serve(shared: &Arc<Shared>, mut channel: Channel, from: &str) {
-    let result = run(shared, &mut channel, from);
+pub(super) fn serve(shared: &Arc<Shared>, mut channel: Channel, from: &str, stranger: Stranger) {
+    let result = run(shared, &mut channel, from, stranger);
     if let Err(error) = result {
         tracing::info!(from, %error, "a connection ended");
     }
     channel.close();
 }
 
-fn run(shared: &Arc<Shared>, channel: &mut Channel, from: &str) -> Result<(), ChannelError> {
+fn run(
+    shared: &Arc<Shared>,
+    channel: &mut Channel,
+    from: &str,
+    stranger: Stranger,
+) -> Result<(), ChannelError> {
     let peer = channel.peer()?;
-    if peer.is_some() {
+    let (_known, _stranger) = if peer.is_some() {
+        drop(stranger);
+        let Some(known) = Known::enter(&shared.known) else {
+            return refuse(channel, error(ErrorCode::Busy, "too many connections", None));
+        };
         channel.trust_peer();
-    }
+        (Some(known), None)
+    } else {
+        (None, Some(stranger))
+    };
     let requests = if peer.is_none() { ANONYMOUS_REQUESTS } else { REQUESTS_MAX };
     for _ in 0..requests {
         let frame = channel.recv(HANDSHAKE_MAX)?;

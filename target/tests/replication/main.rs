@@ -392,6 +392,32 @@ fn a_peer_without_certificate_may_only_join_and_say_little() {
     assert!(site.store.groups().is_empty());
 }
 
+#[test]
+fn strangers_that_hold_connections_keep_no_agent_and_no_joining_machine_out() {
+    let site = Site::new();
+    let agent = site.agent("a");
+    let config = replicator::enroll::AgentConfig::load(&RealFiles, &agent).unwrap().unwrap();
+    let silent: Vec<TcpStream> =
+        (0..300).map(|_| TcpStream::connect(site.handle.local_addr()).unwrap()).collect();
+    let mut client = RpcClient::connect(&RealFiles, &site.clock, &agent, &config).unwrap();
+    let question = Rpc::CheckGroup { group: name("g"), uuid: None };
+    assert_eq!(client.ask(&question).unwrap(), RpcReply::Group { exists: false });
+    site.agent("b");
+    // The oldest were cut off for the others.
+    let mut oldest = &silent[0];
+    oldest.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    assert!(matches!(oldest.read(&mut [0]), Ok(0)));
+    let more: Vec<TcpStream> =
+        (0..100).map(|_| TcpStream::connect(site.handle.local_addr()).unwrap()).collect();
+    site.until("all are cut off for newer ones", || {
+        let newest = silent.last().unwrap();
+        newest.set_nonblocking(true).unwrap();
+        matches!((&*newest).read(&mut [0]), Ok(0))
+    });
+    assert_eq!(client.ask(&question).unwrap(), RpcReply::Group { exists: false }, "not agents");
+    drop(more);
+}
+
 /// Forwards connections; after `budget` bytes it cuts them.
 struct Relay {
     addr: SocketAddr,
