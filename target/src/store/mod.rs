@@ -27,6 +27,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
 use blockfilter::block::Export;
 use blockfilter::engine::{Clock, File, Files, Open, make_dir, no_space, read_file, replace_file};
@@ -134,7 +135,7 @@ pub struct Drill {
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// Another process has it open.
-    #[error("{0} is in use by another process")]
+    #[error("{0} is in use by another process, also after {s} s", s = LOCK_WAIT_US / 1_000_000)]
     Busy(PathBuf),
     /// There is no store.
     #[error("{0} is not a target's store; `standfast target init` makes one")]
@@ -292,7 +293,7 @@ impl Store {
         }
         let groups = dir.join(GROUPS);
         make_dir(files.as_ref(), &groups).map_err(StoreError::io(&groups))?;
-        let lock = take_lock(files.as_ref(), dir)?;
+        let lock = take_lock(files.as_ref(), dir, clock.as_ref())?;
         let store = StoreFile { format: FORMAT.to_owned(), version: STORE_VERSION };
         let text =
             serde_json::to_vec(&store).map_err(|e| StoreError::damaged(&path, e.to_string()))?;
@@ -322,7 +323,7 @@ impl Store {
             let (found, known) = (store.version, STORE_VERSION);
             return Err(StoreError::Newer { path, found, known });
         }
-        let lock = take_lock(files.as_ref(), dir)?;
+        let lock = take_lock(files.as_ref(), dir, clock.as_ref())?;
         let mut this = Self {
             files,
             dir: dir.to_owned(),
@@ -524,13 +525,23 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// I20: one process has the store. A simulated file has no descriptor to lock.
-fn take_lock(files: &dyn Files, dir: &Path) -> Result<Arc<dyn File>, StoreError> {
+/// I20: one process has the store. A simulated file has no descriptor to lock. A
+/// process that was killed has it until its last I/O is over, so it is waited for.
+fn take_lock(
+    files: &dyn Files,
+    dir: &Path,
+    clock: &dyn Clock,
+) -> Result<Arc<dyn File>, StoreError> {
     let path = dir.join(LOCK);
     let file = files.open(&path, Open::Create).map_err(StoreError::io(&path))?;
-    if let Some(fd) = file.fd() {
+    let Some(fd) = file.fd() else { return Ok(file) };
+    let deadline = clock.mono_us() + LOCK_WAIT_US;
+    loop {
         match rustix::fs::flock(fd, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
+            Ok(()) => break,
+            Err(rustix::io::Errno::WOULDBLOCK) if clock.mono_us() < deadline => {
+                std::thread::sleep(LOCK_RETRY);
+            }
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(StoreError::Busy(dir.to_owned())),
             Err(error) => return Err(StoreError::Io { path, source: error.into() }),
         }
@@ -568,6 +579,8 @@ const FORMAT: &str = "standfast-store";
 const MAKING: &str = ".new";
 const DELETING: &str = ".deleted";
 const STORE_FILE_MAX: u64 = 4096;
+const LOCK_WAIT_US: u64 = 5_000_000;
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 /// Block numbers have 40 bits.
 const DISK_SIZE_MAX: u64 = 1 << 52;
 

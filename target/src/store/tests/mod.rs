@@ -5,7 +5,7 @@ use std::sync::Arc;
 use blockfilter::block::{Errno, Export, SECTOR};
 use blockfilter::engine::real::{RealClock, RealFiles};
 use blockfilter::engine::record::{Failure, Fault, Op, SimFiles};
-use blockfilter::engine::{Files, Open};
+use blockfilter::engine::{Clock, Files, Open};
 use blockfilter::journal::format::{RecDesc, RecOp};
 use blockfilter::names::Lsn;
 use proptest::prelude::*;
@@ -185,6 +185,34 @@ fn a_store_is_open_once_and_keeps_its_groups() {
     drop(store);
     std::fs::write(dir.join("STORE"), r#"{"format":"standfast-store","version":2}"#).unwrap();
     assert!(matches!(open(), Err(StoreError::Newer { found: 2, .. })));
+}
+
+/// Somebody who has a store open until the clock was read a few times.
+#[derive(Debug)]
+struct Dying(RealClock, std::sync::Mutex<(u32, Option<Store>)>);
+
+impl Clock for Dying {
+    fn mono_us(&self) -> u64 {
+        let mut dying = self.1.lock().unwrap();
+        dying.0 += 1;
+        if dying.0 == 3 {
+            dying.1 = None;
+        }
+        self.0.mono_us()
+    }
+    fn wall_us(&self) -> u64 {
+        self.0.wall_us()
+    }
+}
+
+#[test]
+fn a_store_whose_process_is_just_dying_is_waited_for() {
+    let temporary = tempfile::tempdir().unwrap();
+    let files: Arc<dyn Files> = Arc::new(RealFiles);
+    let dir = temporary.path().join("t");
+    let store = Store::create(Arc::clone(&files), &dir, Arc::new(RealClock::new())).unwrap();
+    let dying = Dying(RealClock::new(), std::sync::Mutex::new((0, Some(store))));
+    Store::open(files, &dir, Arc::new(dying)).unwrap();
 }
 
 #[test]
