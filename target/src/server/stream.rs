@@ -113,7 +113,7 @@ fn take_over(
     if let Some(older) = writer.wake.replace(wake.clone()) {
         older.wake();
     }
-    if hello.generation > state.generation && state.seed.is_none() && state.last.0 > 0 {
+    if hello.generation > state.generation {
         store.raise_generation(hello.generation).map_err(|e| {
             error(ErrorCode::Storage, format!("the generation could not be stored: {e}"), None)
         })?;

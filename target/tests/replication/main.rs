@@ -339,6 +339,33 @@ fn a_restarted_source_goes_on_and_one_that_forgot_is_never_merged() {
 }
 
 #[test]
+fn a_newer_generation_takes_a_seed_over_and_the_older_one_is_fenced() {
+    let site = Site::new();
+    let source = MemSource::new(disks());
+    let agent = site.agent("a");
+    let relay = Relay::start(site.handle.local_addr());
+    let shipper = site.shipper(&agent, &source, relay.addr);
+    relay.cut_after(1 << 20);
+    shipping(&shipper, || {
+        site.until("the copy is cut", || {
+            site.state() == Some(ReplicaState::Seeding) && relay.budget.load(Ordering::SeqCst) == 0
+        });
+    });
+    source.lock().positions.generation = 2;
+    relay.cut_after(u64::MAX);
+    shipping(&shipper, || {
+        site.until("the newer generation is known", || site.handle.status()[0].generation == 2);
+        site.until_holds(source.durable());
+    });
+    assert_eq!(source.lock().seeds, 1, "the copy went on");
+    source.lock().positions.generation = 1;
+    shipping(&shipper, || {
+        site.until("the older one is refused", || shipper.shown.get(0).state == State::Refused);
+    });
+    assert_eq!(site.handle.status()[0].generation, 2);
+}
+
+#[test]
 fn a_token_admits_one_machine_and_strangers_get_nothing() {
     let site = Site::new();
     let (a, b) = (site.dir.path().join("a"), site.dir.path().join("b"));
