@@ -27,12 +27,14 @@ pub enum ExportError {
 /// Opens the export that an NBD client asks for by name.
 pub fn open_export(store: &Store, name: &str) -> Result<Arc<dyn Export>, ExportError> {
     let bad = || ExportError::Name(name.chars().take(256).collect());
-    if let Some((id, disk)) = name.strip_prefix("drill.").and_then(|rest| rest.split_once('.')) {
+    // Only points have an '@': a group may be called drill, and times have dots.
+    let Some((disk, point)) = name.split_once('@') else {
+        let drill = name.strip_prefix("drill.").and_then(|rest| rest.split_once('.'));
+        let (id, disk) = drill.ok_or_else(bad)?;
         let id: Name = id.parse().map_err(|_| bad())?;
         let disk: Name = disk.parse().map_err(|_| bad())?;
         return Ok(store.drill_export(&id, &disk)?);
-    }
-    let (disk, point) = name.split_once('@').ok_or_else(bad)?;
+    };
     let (group, disk) = disk.split_once('.').ok_or_else(bad)?;
     let group: Name = group.parse().map_err(|_| bad())?;
     let disk: Name = disk.parse().map_err(|_| bad())?;

@@ -12,9 +12,9 @@ use blockfilter::names::Lsn;
 use replicator::wire::{FRAME_EPOCH_END, FrameHdr, Kind};
 
 use super::super::log::MERGE_RUNS;
-use super::super::{FrameBuf, Store};
+use super::super::{FrameBuf, GroupMeta, Store};
 use super::model::{
-    Source, TestClock, bytes_of, check_export, create, group_id, meta, name, reopen,
+    Source, TestClock, bytes_of, check_export, create, dir, group_id, meta, name, reopen,
 };
 use crate::export::{list_exports, open_export};
 
@@ -82,6 +82,24 @@ fn a_drill_sees_its_own_writes_and_nobody_else_does() {
     assert!(store.drill_export(&drill.id, &name("d0")).is_err());
     assert!(store.finish_drill(&drill.id).is_err());
     assert_eq!(store.drills(), [other]);
+}
+
+#[test]
+fn points_of_a_group_named_drill_are_not_taken_for_a_drill() {
+    let files: Arc<dyn Files> = Arc::new(SimFiles::new());
+    let mut source = Source::new(35);
+    source.epoch(1, 5, None);
+    let clock = Arc::new(TestClock::default());
+    let store = Store::create(files, dir(), clock).unwrap();
+    let group = store.create_group(GroupMeta { group: name("drill"), ..meta() }).unwrap();
+    source.seed(&group);
+    for point in ["latest", "2030-01-01T00:00:00.5Z"] {
+        let export = open_export(&store, &format!("drill.d0@{point}")).unwrap();
+        assert!(export.info().read_only, "{point}");
+    }
+    let drill = store.start_drill(&name("drill"), &group.newest().unwrap()).unwrap();
+    let export = open_export(&store, &format!("drill.{}.d0", drill.id)).unwrap();
+    assert!(!export.info().read_only);
 }
 
 #[test]
@@ -169,7 +187,7 @@ fn a_roll_without_space_hides_no_later_write_of_a_drill() {
         let sim = SimFiles::new();
         let files: Arc<dyn Files> = Arc::new(sim.clone());
         let clock = Arc::new(TestClock::default());
-        let store = Store::create(files, super::model::dir(), clock.clone()).unwrap();
+        let store = Store::create(files, dir(), clock.clone()).unwrap();
         let group = store.create_group(meta()).unwrap();
         Source::new(37).seed(&group);
         let drill = store.start_drill(&name("g"), &group.newest().unwrap()).unwrap();
@@ -339,10 +357,10 @@ fn inspecting_finds_every_damaged_file_and_changes_nothing() {
     let before = sim.mutations();
     let look = |deep| {
         let clock = Arc::new(TestClock::default());
-        crate::store::inspect(Arc::clone(&files), super::model::dir(), clock, deep).unwrap()
+        crate::store::inspect(Arc::clone(&files), dir(), clock, deep).unwrap()
     };
     assert_eq!(look(true)["damaged"], 0);
-    let group = super::model::dir().join("groups/g");
+    let group = dir().join("groups/g");
     let mut damaged = 0;
     for (sub, at) in [("seg", 4096 + 200), ("idx", 4096 + 50)] {
         for file in sim.list(&group.join(sub)).unwrap().iter().take(3) {
