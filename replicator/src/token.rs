@@ -152,7 +152,7 @@ impl Tokens {
         {
             return Ok(Redeemed { name: name.clone(), role: record.role });
         }
-        if wall_us / 1_000_000 > record.exp {
+        if wall_us >= record.exp.saturating_mul(1_000_000) {
             return Err(TokenError::Expired);
         }
         if !record.reusable {
@@ -279,6 +279,17 @@ mod tests {
         assert!(matches!(late, Err(TokenError::Expired)));
         let unknown = tokens.redeem(&RealFiles, "nothing", "k", "n", 0);
         assert!(matches!(unknown, Err(TokenError::Unknown)));
+    }
+
+    #[test]
+    fn a_token_does_not_live_longer_than_asked() {
+        let dir = tempfile::tempdir().unwrap();
+        let tokens = Tokens::new(dir.path());
+        let random = ring::rand::SystemRandom::new();
+        let token = tokens.create(&RealFiles, &random, &order(true), 1_000_000).unwrap();
+        let at = |wall_us| tokens.redeem(&RealFiles, &token.secret, "k", "n", wall_us);
+        assert!(at(60_999_999).is_ok());
+        assert!(matches!(at(61_000_000), Err(TokenError::Expired)));
     }
 
     #[test]

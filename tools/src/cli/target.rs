@@ -11,7 +11,7 @@ use clap::{Args, Subcommand};
 use replicator::identity::{Authority, IdentityError};
 use target::store::{Store, StoreError};
 
-use super::token::{DAY, new_token};
+use super::token::{TOKEN_LIFE, new_token};
 use super::{Context, parse_address};
 use crate::daemon::control::{TargetRequest, ask_daemon};
 use crate::daemon::target::{TargetConfig, identity_failure, store_failure};
@@ -89,13 +89,13 @@ fn init(args: &InitArgs, context: &Context) -> Outcome {
         nbd: args.nbd.as_ref().map(ToString::to_string),
     };
     config.store(dir)?;
-    let token = new_token(dir, &config, &authority, DAY, false, context)?;
+    let token = new_token(dir, &config, &authority, TOKEN_LIFE, false, context)?;
     let document = serde_json::json!({
         "token": token, "ca_sha256": authority.ca_sha256(), "listen": listen,
         "advertise": config.advertise,
     });
     let text = format!(
-        "store      {}\nlisten     {listen}\nadvertise  {}\nCA sha256  {}\ntoken      {token}\n           (one use, 24 hours)",
+        "store      {}\nlisten     {listen}\nadvertise  {}\nCA sha256  {}\ntoken      {token}\n           (one use, 1 hour)",
         dir.display(),
         config.advertise,
         authority.ca_sha256(),

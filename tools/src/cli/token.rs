@@ -174,5 +174,5 @@ pub fn token_text(args: &JoinArgs) -> Outcome<String> {
     Ok(text.trim().to_owned())
 }
 
-/// A day.
-pub const DAY: Duration = Duration::from_secs(86_400);
+/// How long the token of a new target can be used; as `token create` without `--ttl`.
+pub const TOKEN_LIFE: Duration = Duration::from_secs(3_600);
