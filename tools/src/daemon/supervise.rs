@@ -1,8 +1,9 @@
 //! When to start a process again. (pure)
 //!
 //! The first end after a quiet time is answered at once, because a filter that
-//! is not there is production that waits; ends in a row wait 100 ms, 200 ms …
-//! 10 s. A process that ran for 10 s starts the row anew. Time is an argument.
+//! is not there is production that waits; starts in a row are 100 ms, 200 ms,
+//! 400 ms, 800 ms apart and never more. A process that ran for a second starts the row anew, however often it
+//! ends: once a second is no load. Time is an argument.
 
 /// The restarts of one process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,7 +32,7 @@ impl Restarts {
             n => (FIRST_US << (n - 1).min(16)).min(LONGEST_US),
         };
         self.in_a_row = self.in_a_row.saturating_add(1);
-        self.due_us = now_us.saturating_add(wait);
+        self.due_us = now_us.max(self.started_us.saturating_add(wait));
     }
 
     /// Whether it may be started now.
@@ -41,15 +42,15 @@ impl Restarts {
 }
 
 const FIRST_US: u64 = 100_000;
-const LONGEST_US: u64 = 10_000_000;
-const QUIET_US: u64 = 10_000_000;
+const LONGEST_US: u64 = 800_000;
+const QUIET_US: u64 = 1_000_000;
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_first_end_is_answered_at_once_and_a_row_backs_off_to_ten_seconds() {
+    fn the_first_end_is_answered_at_once_and_a_row_backs_off_to_less_than_a_second() {
         let mut restarts = Restarts::default();
         let mut now = 50_000_000;
         let mut waits = Vec::new();
@@ -63,10 +64,20 @@ mod tests {
             }
             waits.push(waited);
         }
-        assert_eq!(waits, [0, 1, 2, 4, 8, 16, 32, 64, 100, 100]);
+        assert_eq!(waits, [0, 1, 2, 4, 8, 8, 8, 8, 8, 8]);
         restarts.started(now);
         restarts.ended(now + QUIET_US);
         assert!(restarts.due(now + QUIET_US));
         assert_eq!(restarts.count, 11);
+    }
+
+    #[test]
+    fn a_process_that_ran_for_a_second_is_started_at_once_every_time() {
+        let mut restarts = Restarts::default();
+        for now in (1..100).map(|i| i * QUIET_US) {
+            restarts.started(now);
+            restarts.ended(now + QUIET_US);
+            assert!(restarts.due(now + QUIET_US), "after {} ends", restarts.count);
+        }
     }
 }
