@@ -17,6 +17,8 @@ pub enum Exit {
     Failed = 1,
     /// The command line is wrong.
     Usage = 2,
+    /// Done, but not all of it: what is missing is said.
+    Partial = 3,
     /// A named thing does not exist.
     NotFound = 4,
     /// Wrong state, foreign, newer or damaged.

@@ -70,6 +70,17 @@ pub enum StartError {
     System(String),
 }
 
+impl StartError {
+    /// Whether it is the journal that cannot be used.
+    pub fn is_of_journal(&self, config: &GroupConfig) -> bool {
+        match self {
+            Self::Journal { .. } => true,
+            Self::File { path, .. } => *path == config.journal,
+            _ => false,
+        }
+    }
+}
+
 /// Everything that a volume is made of, before the engine.
 #[derive(Debug)]
 pub struct Parts {
@@ -87,7 +98,7 @@ pub struct Parts {
 pub fn open(config: &GroupConfig, paths: &GroupPaths) -> Result<Volume, StartError> {
     let files: Arc<dyn Files> = Arc::new(RealFiles);
     let clock: Arc<dyn Clock> = Arc::new(RealClock::new());
-    let marker = paths.dir().join("unjournaled");
+    let marker = marker(paths);
     let journal = match open_locked(files.as_ref(), &config.journal, Open::Direct) {
         Err(StartError::File { source, .. }) if files.exists(&marker) => {
             tracing::error!(error = %source, "the failed journal cannot be opened any more");
@@ -110,6 +121,11 @@ pub fn open(config: &GroupConfig, paths: &GroupPaths) -> Result<Volume, StartErr
         clock,
         config.arena_path(),
     ))
+}
+
+/// The note that a group's journal is dead.
+pub fn marker(paths: &GroupPaths) -> PathBuf {
+    paths.dir().join("unjournaled")
 }
 
 /// Stands in for a dead journal that cannot be opened: nothing can be read from it, and
@@ -469,7 +485,8 @@ fn cold(
     sup: JournalSuper,
     make: &dyn Fn(Arc<Arena>) -> Arc<Target>,
 ) -> Result<Start, ColdError> {
-    journal.sync_data().map_err(ColdError::Replay)?;
+    let unusable = |error: io::Error| ColdError::Journal(error.into());
+    journal.sync_data().map_err(unusable)?;
     let scanned = scan(journal.as_ref(), config).map_err(ColdError::Journal)?;
     let clean = sup.clean == 1 && scanned.batches.is_empty();
     let mut next = sup;
@@ -485,7 +502,7 @@ fn cold(
         journal
             .write_all_at(super_offset(next.seq.get()), next.as_bytes())
             .and_then(|()| journal.sync_data())
-            .map_err(ColdError::Replay)?;
+            .map_err(unusable)?;
         tracing::warn!(
             incarnation = next.incarnation.get(),
             end = scanned.end,

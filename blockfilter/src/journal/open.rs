@@ -17,8 +17,8 @@ use crate::engine::File;
 /// Why a journal cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// Reading failed.
-    #[error("the journal cannot be read: {0}")]
+    /// Reading failed, or making durable what is there.
+    #[error("the journal cannot be used: {0}")]
     Io(#[from] io::Error),
     /// No valid super block.
     #[error(transparent)]

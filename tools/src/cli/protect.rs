@@ -173,8 +173,8 @@ fn undo(config: &GroupConfig, paths: &GroupPaths, context: &Context) {
     let request = AgentRequest::Release { group: config.group.clone() };
     let _ = ask_daemon("agent", &context.dir, &request, Duration::from_secs(60));
     let undone = enlist::end_role(paths, "filter", context.clock.as_ref())
-        .and_then(|()| enlist::drain(config, paths, context.clock.as_ref()))
-        .and_then(|()| enlist::remove(config, paths));
+        .and_then(|()| enlist::drain(config, paths, context.clock.as_ref(), false))
+        .and_then(|_| enlist::remove(config, paths));
     if let Err(failure) = undone {
         let group = &config.group;
         context.output.warn(&format!("{failure}; use: standfast unprotect {group}"));

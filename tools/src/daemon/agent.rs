@@ -178,6 +178,7 @@ impl Agent {
             AgentRequest::Status { group } => self.status(group.as_ref()),
             AgentRequest::Load { group } => self.load_and_wait(&group),
             AgentRequest::Release { group } => self.release(&group),
+            AgentRequest::Adopt { group } => self.adopt(&group),
         };
         result.into()
     }
@@ -237,6 +238,13 @@ impl Agent {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    fn adopt(&self, group: &Name) -> Result<Reply, Failure> {
+        if !self.lock().contains_key(group) {
+            self.load(group)?;
+        }
+        Ok(Reply::Done)
     }
 
     /// Ends replicator and FUSE process and waits for them; the filter stays.

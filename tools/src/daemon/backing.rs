@@ -187,6 +187,21 @@ pub fn loop_on(path: &Path, identity: Option<Identity>) -> Option<String> {
     None
 }
 
+/// A process that has a file in `dir` open or works there: `fio (process 12)`.
+pub fn user_of(dir: &Path) -> Option<String> {
+    for entry in std::fs::read_dir("/proc").ok()?.flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+        let open = std::fs::read_dir(entry.path().join("fd")).into_iter().flatten().flatten();
+        let links = open.map(|fd| fd.path()).chain([entry.path().join("cwd")]);
+        let inside = |link: PathBuf| std::fs::read_link(link).is_ok_and(|to| to.starts_with(dir));
+        if pid != std::process::id() && links.into_iter().any(inside) {
+            let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+            return Some(format!("{} (process {pid})", name.trim()));
+        }
+    }
+    None
+}
+
 /// A mount of the device itself (O_EXCL finds those of other name spaces).
 fn check_mounts(identity: Identity) -> Result<(), BackingError> {
     let Identity::Device(device) = identity else { return Ok(()) };

@@ -44,6 +44,11 @@ pub enum AgentRequest {
         /// The group.
         group: Name,
     },
+    /// Watch a group again that was released and still exists. Answered at once.
+    Adopt {
+        /// The group.
+        group: Name,
+    },
 }
 
 /// What can be asked of the target.

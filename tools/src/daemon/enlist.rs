@@ -14,8 +14,9 @@ use std::time::Duration;
 use blockfilter::config::{GroupConfig, GroupPaths};
 use blockfilter::control::{Client, Reply, Request};
 use blockfilter::engine::real::RealFiles;
-use blockfilter::engine::{Clock, Files};
+use blockfilter::engine::{Clock, Files, Open};
 use blockfilter::group::RunError;
+use blockfilter::journal::open::{read_chunks, read_super};
 use blockfilter::names::Name;
 
 use super::agent::{group_names, load_config, role_lock};
@@ -121,23 +122,41 @@ pub fn make(
     made
 }
 
-/// Refuses while clients use the disks: a loop device or mount on a FUSE file,
-/// or NBD connections (given `grace` to go away).
+/// Refuses while a file under `--fuse` is in use: nothing can take it away from a loop
+/// device or an open descriptor, only its users can let go.
+pub fn check_files(config: &GroupConfig) -> Outcome {
+    let Some(dir) = &config.fuse else { return Ok(()) };
+    let busy = |why: String, hint: String| {
+        Failure::coded(Exit::Busy, 15, format!("the disks of group {} are in use", config.group))
+            .why(why)
+            .hint(hint)
+    };
+    for disk in config.disks.iter().map(|d| dir.join(d.disk.as_str())) {
+        if let Some(device) = backing::loop_on(&disk, None) {
+            let why = format!("{device} is a loop device on {}", disk.display());
+            return Err(busy(why, format!("unmount {device}, losetup -d {device}, try again")));
+        }
+    }
+    match backing::user_of(dir) {
+        Some(user) => {
+            Err(busy(format!("{user} uses {}", dir.display()), "end it and try again".into()))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Whether a group's files are served at all.
+pub fn serves_files(paths: &GroupPaths) -> bool {
+    RoleLock::holder(&role_lock(paths, "fuse")).is_ok_and(|p| p.is_some())
+}
+
+/// Refuses while NBD clients are connected; those that go get a moment.
 pub fn check_unused(config: &GroupConfig, paths: &GroupPaths, clock: &dyn Clock) -> Outcome {
     let busy = |why: String| {
         Failure::coded(Exit::Busy, 15, format!("the disks of group {} are in use", config.group))
             .why(why)
             .hint("unmount and detach them first, or say --force")
     };
-    for disk in config
-        .fuse
-        .iter()
-        .flat_map(|dir| config.disks.iter().map(move |d| dir.join(d.disk.as_str())))
-    {
-        if let Some(device) = backing::loop_on(&disk, None) {
-            return Err(busy(format!("{device} is a loop device on {}", disk.display())));
-        }
-    }
     // The replicator's and the FUSE process's connections are ours.
     let deadline = clock.mono_us() + GRACE_US;
     let ours =
@@ -184,9 +203,30 @@ pub fn end_lock(lock: &Path, role: &str, clock: &dyn Clock) -> Outcome {
     Ok(())
 }
 
+/// What went with a journal that was given up.
+#[derive(Debug)]
+pub struct Abandoned {
+    /// Why it had to be.
+    pub why: String,
+    /// All that was acknowledged was in memory too, and is on the disks.
+    pub whole: bool,
+    /// Writes below this position are on the disks; None if that cannot be told.
+    pub checkpoint: Option<u64>,
+    /// The journal held at most so much behind it.
+    pub at_most_bytes: Option<u64>,
+    /// Where the journal is now.
+    pub kept: Option<PathBuf>,
+}
+
 /// Applies everything to the disks and ends the filter; without a filter it
-/// recovers and applies in this process. On return the disks are plain images.
-pub fn drain(config: &GroupConfig, paths: &GroupPaths, clock: &dyn Clock) -> Outcome {
+/// recovers and applies in this process. On return the disks are plain images. With
+/// `force` a journal that cannot be used is given up.
+pub fn drain(
+    config: &GroupConfig,
+    paths: &GroupPaths,
+    clock: &dyn Clock,
+    force: bool,
+) -> Outcome<Option<Abandoned>> {
     let lock = role_lock(paths, "filter");
     let what = format!("cannot apply the journal of group {} to its disks", config.group);
     let hint = "nothing is lost: the journal and the disks stay as they are; repair and try again";
@@ -209,13 +249,59 @@ pub fn drain(config: &GroupConfig, paths: &GroupPaths, clock: &dyn Clock) -> Out
     }
     let _held = RoleLock::take(&lock)
         .map_err(|error| Failure::coded(Exit::Busy, 16, what.clone()).why(error.to_string()))?;
-    blockfilter::group::drain(config, paths).map_err(|error| {
-        let exit = match error {
-            RunError::Start(_) => Exit::WrongState,
-            RunError::Serve(_) => Exit::Failed,
-        };
-        Failure::coded(exit, 23, what).why(error.to_string()).hint(hint)
+    let error = match blockfilter::group::drain(config, paths) {
+        Ok(()) => return Ok(None),
+        Err(error) => error,
+    };
+    let of_journal = matches!(&error, RunError::Start(e) if e.is_of_journal(config));
+    if of_journal && force {
+        return abandon(config, paths, &error).map(Some);
+    }
+    let exit = match error {
+        RunError::Start(_) => Exit::WrongState,
+        RunError::Serve(_) => Exit::Failed,
+    };
+    let force = format!("; standfast unprotect {} --force gives the journal up", config.group);
+    let hint = format!("{hint}{}", if of_journal { &force } else { "" });
+    Err(Failure::coded(exit, 23, what).why(error.to_string()).hint(hint))
+}
+
+/// Drains without the journal, which is kept under another name.
+fn abandon(config: &GroupConfig, paths: &GroupPaths, error: &RunError) -> Outcome<Abandoned> {
+    let span = journal_span(config);
+    let whole = blockfilter::group::drain_without_journal(config, paths).map_err(|e| {
+        let what = format!("cannot end group {} without its journal", config.group);
+        Failure::coded(Exit::Failed, 24, what).why(e.to_string())
+    })?;
+    let inside = config.journal.starts_with(paths.dir());
+    let folder = if inside { paths.dir().ancestors().nth(2) } else { config.journal.parent() };
+    let kept = folder.unwrap_or(Path::new("/")).join(format!(
+        "{}-{}.abandoned",
+        config.group,
+        config.uuid.simple()
+    ));
+    let kept = match std::fs::rename(&config.journal, &kept) {
+        Ok(()) => Some(kept),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(Failure::io("cannot set the journal aside", &error)),
+    };
+    Ok(Abandoned {
+        why: error.to_string(),
+        whole,
+        checkpoint: span.map(|(checkpoint, _)| checkpoint),
+        at_most_bytes: span.map(|(_, bytes)| bytes),
+        kept,
     })
+}
+
+/// The journal's checkpoint, and how much may be in it from there on.
+fn journal_span(config: &GroupConfig) -> Option<(u64, u64)> {
+    let file = RealFiles.open(&config.journal, Open::Read).ok()?;
+    let sup = read_super(file.as_ref(), config).ok()?;
+    let checkpoint = sup.checkpoint.get();
+    let last = *read_chunks(file.as_ref(), &sup, checkpoint).ok()?.last_key_value()?.0;
+    let end = (last + 1).saturating_mul(sup.chunk_size.get());
+    Some((checkpoint, end.saturating_sub(checkpoint)))
 }
 
 /// Removes a drained group: configuration first, so that it no longer exists,
