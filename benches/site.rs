@@ -36,6 +36,8 @@ pub(crate) struct Site {
     pub(crate) uri: String,
     /// From the start of `protect` until the group was protected.
     pub(crate) seed_seconds: f64,
+    /// The part of it until `protect` returned: among other things it makes the journal.
+    pub(crate) protect_seconds: f64,
 }
 
 impl Site {
@@ -49,6 +51,7 @@ impl Site {
             agent: None,
             uri: String::new(),
             seed_seconds: 0.0,
+            protect_seconds: 0.0,
         };
         let init = site.target_command(&["target", "init", "--listen", "127.0.0.1:0"])?;
         let token = init["token"].as_str().context("no token")?.to_owned();
@@ -69,6 +72,7 @@ impl Site {
             arguments.extend(["--journal", journal]);
         }
         let answer = self.agent_command(&arguments)?;
+        self.protect_seconds = sys::seconds_since(start);
         self.uri = answer["disks"][0]["uri"].as_str().context("no URI")?.to_owned();
         wait_for("the group to be protected", LONG, || {
             Ok((self.group()?["state"] == "protected").then_some(()))
