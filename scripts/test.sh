@@ -11,7 +11,7 @@ install_tools() {
     local missing=()
     local pair
     for pair in nbdkit:nbdkit nbdinfo:libnbd-bin nbdcopy:libnbd-bin nbdsh:python3-libnbd \
-        fio:fio qemu-img:qemu-utils qemu-io:qemu-utils mkfs.ext4:e2fsprogs losetup:util-linux \
+        fio:fio qemu-img:qemu-utils qemu-io:qemu-utils rsync:rsync mkfs.ext4:e2fsprogs losetup:util-linux \
         fusermount3:fuse3 jq:jq; do
         command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
     done
@@ -64,12 +64,23 @@ suites() { # all of cargo's suites; their results are added up
     rm -f "$log"
 }
 
+bench_smoke() { # the harness runs and leaves every cell; what it measured is not looked at
+    local results=build/bench/results.json
+    rm -f "$results"
+    ./scripts/bench.sh --quick || return 1
+    local missing
+    missing=$(comm -23 <(build/release/bench --list | sort -u) \
+        <(jq -r '(.rows + .figures)[].cell' "$results" | sort -u)) || return 1
+    [ -z "$missing" ] || { echo "not in $results: $missing"; return 1; }
+}
+
 install_tools
 step "format" cargo fmt --all --check
 step "lints" cargo clippy --workspace --all-targets --quiet -- -D warnings
 step "build" cargo build --workspace --quiet
 suites
 step "quickstart" ./scripts/quickstart.sh
+step "benchmarks" bench_smoke
 
 [ "$failed" = 0 ] || printf 'failed: %s\n' "${failures[@]}"
 echo "$passed passed, $failed failed"
