@@ -198,10 +198,7 @@ pub fn recover(
     let make = |arena: Arc<Arena>| {
         Arc::new(Target {
             journal: journal.clone(),
-            disks: disks
-                .iter()
-                .map(|d| Arc::new(Latched::retried_when_full(d.clone())) as _)
-                .collect(),
+            disks: disks.iter().map(latched).collect(),
             holes: config.disks.iter().map(|d| files.holes_are_true(&d.path)).collect(),
             dirty: disks.iter().map(|_| true.into()).collect(),
             arena,
@@ -244,6 +241,10 @@ pub fn recover(
     let overlays = overlays_of(&start, config.disks.len());
     let filter = Filter::new(filter_config, start, now);
     Ok(Parts { target: make(arena), filter, overlays, disks: volume_disks })
+}
+
+fn latched(disk: &Arc<dyn File>) -> Arc<dyn File> {
+    Arc::new(Latched::retried_when_full(disk.clone()))
 }
 
 /// The disks must be as long as they were when they were protected.
