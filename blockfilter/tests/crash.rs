@@ -726,3 +726,27 @@ fn a_reader_of_an_earlier_incarnation_is_told() {
     let mut reader = JournalReader::open(&site.config).unwrap();
     assert!(!reader.read(first, second, 1 << 20, &mut out).unwrap().0.is_empty());
 }
+
+/// A client that keeps asking in its handshake and takes the answers gains no time by it.
+#[test]
+fn a_handshake_has_ten_seconds_whatever_the_client_says() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    site.create(&files);
+    let mut volume = site.open(Arc::new(files), "inline").unwrap();
+    let (ours, mut client) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let mut shared = Shared { exports: vec!["g.d0".into()], staged: 0, staged_max: 1 << 20 };
+    let mut conn = Conn::new(1, ours, 0);
+    client.write_all(&3u32.to_be_bytes()).unwrap();
+    let mut answers = vec![0; 1 << 16];
+    for second in 0..=10 {
+        let now = second * 1_000_000;
+        assert!(!conn.is_stuck(now), "{second} s");
+        client.write_all(b"IHAVEOPT\0\0\0\x03\0\0\0\0").unwrap();
+        assert_eq!(conn.progress(&mut volume, &mut shared, now), Progress::Input);
+        conn.flush_output(now).unwrap();
+        assert!(client.read(&mut answers).unwrap() > 0);
+    }
+    assert!(conn.is_stuck(10_100_000));
+}

@@ -310,6 +310,30 @@ fn silent_and_half_open_clients_are_closed_and_others_still_served() {
     run("nbdinfo", &[&served.uri()]);
 }
 
+/// Bytes that keep coming renew nothing: the time is for the whole handshake.
+#[test]
+fn a_client_that_keeps_asking_in_its_handshake_is_closed() {
+    let mut served = Served::new(1 << 20);
+    served.start(false, short_timeouts());
+    let mut stream = UnixStream::connect(served.socket()).unwrap();
+    stream.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    stream.write_all(&3u32.to_be_bytes()).unwrap();
+    let mut answers = vec![0; 4096];
+    // Fewer options than a handshake may have, at most fifty a second.
+    let closed = (0..200).any(|_| {
+        let asked = stream.write_all(b"IHAVEOPT\0\0\0\x03\0\0\0\0");
+        let ended = loop {
+            match stream.read(&mut answers) {
+                Ok(0) => break true,
+                Ok(_) => {}
+                Err(error) => break error.kind() != std::io::ErrorKind::WouldBlock,
+            }
+        };
+        asked.is_err() || ended
+    });
+    assert!(closed, "still open after four seconds of a handshake of 0.2");
+}
+
 #[test]
 fn a_stalled_payload_closes_and_writes_nothing() {
     let mut served = Served::new(1 << 20);
