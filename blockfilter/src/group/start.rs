@@ -231,11 +231,7 @@ pub fn recover(
     let start = if dead {
         bare(sup, files.as_ref(), &marker)?
     } else {
-        cold(config, &journal, sup, &make).map_err(|e| match e {
-            ColdError::Journal(e) => in_journal(e),
-            ColdError::Replay(e) => StartError::Replay(e),
-            ColdError::Start(e) => e,
-        })?
+        cold(config, &journal, sup, &make).map_err(|e| e.into_start(config))?
     };
     let arena = Arc::new(new_arena(config, &start)?);
     let overlays = overlays_of(&start, config.disks.len());
@@ -464,20 +460,23 @@ fn write_again(
     let path = again_path(config);
     let done = write_back(config, &path, journal.as_ref(), &scanned, make);
     let _ = std::fs::remove_file(&path);
-    match done {
-        Ok(_) => Ok(()),
-        Err(ColdError::Journal(source)) => {
-            Err(StartError::Journal { path: config.journal.clone(), source })
-        }
-        Err(ColdError::Replay(error)) => Err(StartError::Replay(error)),
-        Err(ColdError::Start(error)) => Err(error),
-    }
+    done.map(drop).map_err(|e| e.into_start(config))
 }
 
 enum ColdError {
     Journal(OpenError),
     Replay(io::Error),
     Start(StartError),
+}
+
+impl ColdError {
+    fn into_start(self, config: &GroupConfig) -> StartError {
+        match self {
+            Self::Journal(source) => StartError::Journal { path: config.journal.clone(), source },
+            Self::Replay(error) => StartError::Replay(error),
+            Self::Start(error) => error,
+        }
+    }
 }
 
 fn cold(
