@@ -53,6 +53,7 @@ struct Late {
     target: Arc<Target>,
     journal: VecDeque<Op>,
     disks: VecDeque<Op>,
+    syncs: VecDeque<Op>,
     rng: Rng,
     event: OwnedFd,
 }
@@ -60,26 +61,31 @@ struct Late {
 impl Engine for Late {
     fn submit(&mut self, op: Op) {
         match op {
-            Op::JournalWrite { .. } | Op::JournalSync => self.journal.push_back(op),
+            Op::JournalWrite { .. } | Op::JournalSync | Op::JournalCommit { .. } => {
+                self.journal.push_back(op);
+            }
+            Op::SyncDisks | Op::WriteSuper(_) | Op::MarkUnjournaled(_) => self.syncs.push_back(op),
             _ => self.disks.push_back(op),
         }
     }
 
     fn reap(&mut self, done: &mut Vec<Done>) {
-        for _ in 0..self.rng.below(3) {
-            let journal =
-                !self.journal.is_empty() && (self.disks.is_empty() || self.rng.below(2) == 0);
-            let next = if journal {
-                // Writes between two syncs reach the file in any order.
-                let is_write = |op: &&Op| matches!(op, Op::JournalWrite { .. });
-                let writes = self.journal.iter().take_while(is_write).count();
-                self.journal.remove(self.rng.below(writes as u64) as usize)
-            } else {
-                self.disks.pop_front()
+        for _ in 0..self.rng.below(6) {
+            let next = match self.rng.below(3) {
+                0 => {
+                    // Writes between two syncs reach the file in any order.
+                    let is_write = |op: &&Op| matches!(op, Op::JournalWrite { .. });
+                    let writes = self.journal.iter().take_while(is_write).count();
+                    self.journal.remove(self.rng.below(writes as u64) as usize)
+                }
+                1 => self.disks.pop_front(),
+                _ => self.syncs.pop_front(),
             };
             done.extend(next.map(|op| self.target.execute(op)));
         }
     }
+
+    fn clear(&mut self) {}
 
     fn fd(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
@@ -223,6 +229,7 @@ impl SimGroup {
             target: parts.target.clone(),
             journal: VecDeque::new(),
             disks: VecDeque::new(),
+            syncs: VecDeque::new(),
             rng: Rng::new(seed ^ 0x5eed),
             event,
         };
@@ -250,6 +257,7 @@ impl SimGroup {
         for _ in 0..self.rng.below(4) {
             self.request();
         }
+        self.volume.set_alone(self.rng.below(4) == 0);
         self.turn();
     }
 

@@ -30,6 +30,10 @@ impl Engine for Blocking {
         self.lanes.reap(done);
     }
 
+    fn clear(&mut self) {
+        self.lanes.clear();
+    }
+
     fn fd(&self) -> BorrowedFd<'_> {
         self.lanes.fd()
     }

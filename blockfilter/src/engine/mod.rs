@@ -48,6 +48,12 @@ pub trait File: Send + Sync + Debug {
         }
         Ok(())
     }
+    /// Writes all of `data`, which is durable on return; what was written before
+    /// need not be.
+    fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.write_all_at(offset, data)?;
+        self.sync_data()
+    }
     /// fdatasync: data and what is needed to read it back is durable.
     fn sync_data(&self) -> io::Result<()>;
     /// Length in bytes (of a block device: its size).
@@ -88,6 +94,8 @@ pub enum Open {
     CreateNew,
     /// Created if missing, kept if not.
     Create,
+    /// Must exist; large vectored writes may go past the page cache.
+    Disk,
     /// Must exist; O_DIRECT where the file system takes it.
     Direct,
 }
@@ -220,6 +228,10 @@ impl File for Latched {
     }
     fn write_vectored_at(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
         self.guard(self.full_is_final, |f| f.write_vectored_at(offset, parts))
+    }
+    fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let _one = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.guard(true, |f| f.write_durable_at(offset, data))
     }
     fn sync_data(&self) -> io::Result<()> {
         let _one = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);

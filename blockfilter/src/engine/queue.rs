@@ -40,6 +40,16 @@ pub enum Op {
     },
     /// Sync the journal.
     JournalSync,
+    /// Write the arena's `[pos, pos + len)` durably (RWF_DSYNC: other writes are
+    /// not covered). Answered by [`Done::JournalSync`].
+    JournalCommit {
+        /// Offset in the journal file.
+        at: u64,
+        /// Position.
+        pos: u64,
+        /// Bytes.
+        len: u64,
+    },
     /// Do these to each disk.
     Apply(Vec<(u8, Vec<ApplyOp>)>),
     /// Sync each disk that was written since the last time.
@@ -75,7 +85,7 @@ pub enum Op {
 pub enum Done {
     /// One write.
     JournalWrite(io::Result<()>),
-    /// The sync.
+    /// The sync, or the commit.
     JournalSync(io::Result<()>),
     /// All, or the first disk that failed.
     Apply(Result<(), (u8, io::Error)>),
@@ -109,7 +119,9 @@ pub trait Engine: std::fmt::Debug {
     fn submit(&mut self, op: Op);
     /// Takes what is done, without waiting.
     fn reap(&mut self, done: &mut Vec<Done>);
-    /// Readable when there may be something to reap.
+    /// Makes [`Engine::fd`] unreadable until more is done; reap afterwards.
+    fn clear(&mut self);
+    /// Readable when something was done since [`Engine::clear`].
     fn fd(&self) -> BorrowedFd<'_>;
     /// For `status`: `io_uring`, or `blocking (why)`.
     fn name(&self) -> String;
@@ -142,6 +154,9 @@ impl Target {
                 Done::JournalWrite(self.journal.write_all_at(at, self.arena.bytes(pos, len)))
             }
             Op::JournalSync => Done::JournalSync(self.journal.sync_data()),
+            Op::JournalCommit { at, pos, len } => {
+                Done::JournalSync(self.journal.write_durable_at(at, self.arena.bytes(pos, len)))
+            }
             Op::Apply(disks) => Done::Apply(self.apply(&disks)),
             Op::SyncDisks => Done::SyncDisks(self.sync_disks()),
             Op::WriteSuper(sup) => Done::WriteSuper(self.write_super(&sup)),
@@ -244,13 +259,16 @@ pub fn file_extents(file: &dyn File, offset: u64, len: u64) -> io::Result<Vec<Ex
 enum Lane {
     Journal,
     Disks,
+    Syncs,
     Reads,
 }
 
 fn lane_of(op: &Op) -> Lane {
     match op {
-        Op::JournalWrite { .. } | Op::JournalSync => Lane::Journal,
-        Op::Apply(_) | Op::SyncDisks | Op::WriteSuper(_) | Op::MarkUnjournaled(_) => Lane::Disks,
+        Op::JournalWrite { .. } | Op::JournalSync | Op::JournalCommit { .. } => Lane::Journal,
+        Op::Apply(_) => Lane::Disks,
+        // Beside the apply: a sync may take seconds, and the arena must not fill up behind it.
+        Op::SyncDisks | Op::WriteSuper(_) | Op::MarkUnjournaled(_) => Lane::Syncs,
         Op::Read { .. } | Op::Extents { .. } => Lane::Reads,
     }
 }
@@ -270,6 +288,7 @@ pub struct Lanes {
 struct Senders {
     journal: Sender<Op>,
     disks: Sender<Op>,
+    syncs: Sender<Op>,
     reads: Sender<Op>,
 }
 
@@ -307,8 +326,9 @@ impl Lanes {
         };
         let journal = start("sf-journal", 1)?;
         let disks = start("sf-disks", 1)?;
+        let syncs = start("sf-syncs", 1)?;
         let reads = start("sf-reads", readers)?;
-        Ok(Self { ops: Some(Senders { journal, disks, reads }), threads, done, event })
+        Ok(Self { ops: Some(Senders { journal, disks, syncs, reads }), threads, done, event })
     }
 
     /// Hands an operation to its thread.
@@ -317,16 +337,20 @@ impl Lanes {
         let lane = match lane_of(&op) {
             Lane::Journal => &ops.journal,
             Lane::Disks => &ops.disks,
+            Lane::Syncs => &ops.syncs,
             Lane::Reads => &ops.reads,
         };
         lane.send(op).expect("the threads live as long as their channel");
     }
 
-    /// Takes what is done and resets the eventfd.
+    /// Takes what is done.
     pub fn reap(&self, done: &mut Vec<Done>) {
-        let mut count = [0; 8];
-        let _ = rustix::io::read(&self.event, &mut count);
         done.extend(self.done.try_iter());
+    }
+
+    /// Resets the eventfd.
+    pub fn clear(&self) {
+        reset(&self.event);
     }
 
     /// Makes the eventfd readable.
@@ -364,9 +388,11 @@ impl Engine for Inline {
     }
 
     fn reap(&mut self, done: &mut Vec<Done>) {
-        let mut count = [0; 8];
-        let _ = rustix::io::read(&self.event, &mut count);
         done.append(&mut self.done);
+    }
+
+    fn clear(&mut self) {
+        reset(&self.event);
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
@@ -376,6 +402,11 @@ impl Engine for Inline {
     fn name(&self) -> String {
         "inline".into()
     }
+}
+
+fn reset(event: &OwnedFd) {
+    let mut count = [0; 8];
+    let _ = rustix::io::read(event, &mut count);
 }
 
 /// Operations waiting in a lane; reads are bounded by the connections' limits.

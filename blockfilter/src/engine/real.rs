@@ -45,6 +45,8 @@ pub struct RealFile {
     device: bool,
     /// Opened with O_DIRECT: memory, offsets and lengths must be aligned.
     direct: bool,
+    /// The same file with O_DIRECT, for large writes.
+    aside: Option<std::fs::File>,
 }
 
 impl RealFile {
@@ -52,7 +54,7 @@ impl RealFile {
     pub fn new(file: std::fs::File) -> io::Result<Self> {
         let device = file.metadata()?.file_type().is_block_device();
         let direct = rustix::fs::fcntl_getfl(&file)?.contains(OFlags::DIRECT);
-        Ok(Self { file, device, direct })
+        Ok(Self { file, device, direct, aside: None })
     }
 
     fn write_zeroes(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -98,17 +100,43 @@ impl File for RealFile {
     }
 
     fn write_vectored_at(&self, mut offset: u64, parts: &[&[u8]]) -> io::Result<()> {
+        let mut file = match &self.aside {
+            Some(aside) if is_large(offset, parts) => aside,
+            _ => &self.file,
+        };
         let mut slices: Vec<IoSlice<'_>> = parts.iter().map(|p| IoSlice::new(p)).collect();
         let mut rest = slices.as_mut_slice();
         while !rest.is_empty() {
             let now = rest.len().min(IOV_MAX);
-            match rustix::io::pwritev(&self.file, &rest[..now], offset) {
+            match rustix::io::pwritev(file, &rest[..now], offset) {
+                // The file system takes no O_DIRECT, or wants more than our alignment.
+                Err(Errno::INVAL) if !std::ptr::eq(file, &self.file) => file = &self.file,
                 Ok(0) if rest[..now].iter().any(|s| !s.is_empty()) => {
                     return Err(io::ErrorKind::WriteZero.into());
                 }
                 Ok(done) => {
                     offset += done as u64;
                     IoSlice::advance_slices(&mut rest, done);
+                }
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_durable_at(&self, mut offset: u64, mut data: &[u8]) -> io::Result<()> {
+        if self.direct && !is_aligned(data) {
+            self.write_all_at(offset, data)?;
+            return self.sync_data();
+        }
+        while !data.is_empty() {
+            let slice = [IoSlice::new(data)];
+            match rustix::io::pwritev2(&self.file, &slice, offset, ReadWriteFlags::DSYNC) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(done) => {
+                    offset += done as u64;
+                    data = &data[done..];
                 }
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
@@ -256,6 +284,11 @@ pub fn open_real(path: &Path, how: Open) -> io::Result<RealFile> {
         Open::Create => {
             options.write(true).create(true).truncate(false);
         }
+        Open::Disk => {
+            let file = RealFile::new(options.write(true).open(path)?)?;
+            let aside = options.custom_flags(OFlags::DIRECT.bits() as i32).open(path).ok();
+            return Ok(RealFile { aside, ..file });
+        }
         Open::Direct => {
             options.write(true).custom_flags(OFlags::DIRECT.bits() as i32);
             match options.open(path) {
@@ -267,12 +300,23 @@ pub fn open_real(path: &Path, how: Open) -> io::Result<RealFile> {
     RealFile::new(options.open(path)?)
 }
 
+/// Worth going past the page cache: 24 instead of 270 microseconds of CPU a MiB, and
+/// what is written in such runs is seldom read soon.
+fn is_large(offset: u64, parts: &[&[u8]]) -> bool {
+    let total: usize = parts.iter().map(|p| p.len()).sum();
+    total >= LARGE
+        && offset.is_multiple_of(DIRECT_ALIGN as u64)
+        && parts.iter().all(|p| is_aligned(p) && p.len().is_multiple_of(DIRECT_ALIGN))
+}
+
 fn is_aligned(buf: &[u8]) -> bool {
     buf.as_ptr().align_offset(DIRECT_ALIGN) == 0
 }
 
 /// Alignment that every device and file system takes for O_DIRECT, bytes.
 const DIRECT_ALIGN: usize = 4096;
+/// Vectored writes from this size on go past the page cache ([`Open::Disk`]), bytes.
+const LARGE: usize = 256 << 10;
 /// Linux takes at most this many slices in one call (UIO_MAXIOV).
 const IOV_MAX: usize = 1024;
 

@@ -44,6 +44,8 @@ struct Write {
     at: u64,
     pos: u64,
     len: u64,
+    /// A commit: durable when it is done, and answered as a sync.
+    durable: bool,
 }
 
 impl Uring {
@@ -56,6 +58,7 @@ impl Uring {
         let ring = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
+            .setup_taskrun_flag()
             .build(ENTRIES)
             .or_else(|_| IoUring::new(ENTRIES))?;
         let lanes = Lanes::start(target, READERS)?;
@@ -91,15 +94,23 @@ impl Uring {
         self.ring.0.submit().map(|_| ())
     }
 
+    fn begin(&mut self, write: Write) -> io::Result<()> {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.writes.insert(id, write);
+        self.write(id)
+    }
+
     fn write(&mut self, id: u64) -> io::Result<()> {
-        let Write { at, pos, len } = self.writes[&id];
+        let Write { at, pos, len, durable } = self.writes[&id];
         let fd = self.journal_fd();
         let bytes = self.target.arena.bytes(pos, len).as_ptr();
         let len = u32::try_from(len).map_err(io::Error::other)?;
+        let flags = if durable { libc::RWF_DSYNC } else { 0 };
         let entry = if self.fixed {
-            opcode::WriteFixed::new(fd, bytes, len, 0).offset(at).build()
+            opcode::WriteFixed::new(fd, bytes, len, 0).offset(at).rw_flags(flags).build()
         } else {
-            opcode::Write::new(fd, bytes, len).offset(at).build()
+            opcode::Write::new(fd, bytes, len).offset(at).rw_flags(flags).build()
         };
         self.push(&entry.user_data(id))
     }
@@ -117,10 +128,12 @@ impl Uring {
     }
 
     fn reap_ring(&mut self, done: &mut Vec<Done>) {
-        // SAFETY: no argument is passed; GETEVENTS runs deferred completions.
-        let entered = unsafe { self.ring.0.submitter().enter::<()>(0, 0, GETEVENTS, None) };
-        if let Err(error) = entered {
-            tracing::warn!(%error, "io_uring_enter failed; completions are taken all the same");
+        if self.ring.0.submission().taskrun() {
+            // SAFETY: no argument is passed; GETEVENTS runs deferred completions.
+            let entered = unsafe { self.ring.0.submitter().enter::<()>(0, 0, GETEVENTS, None) };
+            if let Err(error) = entered {
+                tracing::warn!(%error, "io_uring_enter failed; completions are taken all the same");
+            }
         }
         let found: Vec<(u64, i32)> =
             self.ring.0.completion().map(|c| (c.user_data(), c.result())).collect();
@@ -130,9 +143,13 @@ impl Uring {
                 done.push(Done::JournalSync(self.outcome(result).map(|_| ())));
                 continue;
             }
+            let durable = self.writes.get(&id).is_some_and(|w| w.durable);
             let outcome = self.outcome(result);
             if let Some(finished) = self.handle_write(id, outcome) {
-                done.push(Done::JournalWrite(finished));
+                done.push(match durable {
+                    true => Done::JournalSync(finished),
+                    false => Done::JournalWrite(finished),
+                });
             }
         }
     }
@@ -177,12 +194,8 @@ impl Uring {
 impl Engine for Uring {
     fn submit(&mut self, op: Op) {
         let started = match op {
-            Op::JournalWrite { at, pos, len } => {
-                let id = self.next_id;
-                self.next_id += 1;
-                self.writes.insert(id, Write { at, pos, len });
-                self.write(id)
-            }
+            Op::JournalWrite { at, pos, len } => self.begin(Write { at, pos, len, durable: false }),
+            Op::JournalCommit { at, pos, len } => self.begin(Write { at, pos, len, durable: true }),
             Op::JournalSync => self.sync(),
             other => {
                 self.lanes.submit(other);
@@ -201,6 +214,10 @@ impl Engine for Uring {
         self.lanes.reap(done);
         self.reap_ring(done);
         done.extend(self.broken.take().map(|e| Done::JournalWrite(Err(e))));
+    }
+
+    fn clear(&mut self) {
+        self.lanes.clear();
     }
 
     fn fd(&self) -> BorrowedFd<'_> {

@@ -94,6 +94,15 @@ pub enum Action {
     },
     /// Sync the journal.
     JournalSync,
+    /// Both at once: a commit of one piece. Answered by [`Filter::handle_journal_sync`].
+    JournalCommit {
+        /// Offset in the journal file.
+        at: u64,
+        /// Position.
+        pos: u64,
+        /// Bytes, a multiple of 4 KiB.
+        len: u64,
+    },
     /// Write the window's records ([`Filter::window`]) to the disks.
     Apply {
         /// Exclusive end of the window.
@@ -204,6 +213,8 @@ struct Segment {
 struct Commit {
     end: u64,
     writes: Vec<Segment>,
+    /// One of several writes was started.
+    begun: bool,
     in_flight: usize,
     sync: Step,
 }
@@ -310,6 +321,11 @@ impl Filter {
         debug_assert!(self.waiters.back().is_none_or(|w| w.0 <= pos));
         self.waiters.push_back((pos, token));
         true
+    }
+
+    /// Somebody waits for something to be durable.
+    pub fn has_waiters(&self) -> bool {
+        !self.waiters.is_empty()
     }
 
     /// Tokens whose wait is over; false: what they wait for can never be promised.
@@ -594,11 +610,13 @@ pub const COMMIT_AFTER: u64 = 20_000;
 /// Bytes that make a commit due.
 pub const COMMIT_BYTES: u64 = 1 << 20;
 /// Apply at least this often, microseconds.
-pub const APPLY_AFTER: u64 = 100_000;
-/// Checkpoint at least this often, microseconds.
+pub const APPLY_AFTER: u64 = 300_000;
+/// Checkpoint so long after the last write or checkpoint, microseconds.
 pub const CHECKPOINT_AFTER: u64 = 1_000_000;
-/// Bytes applied that make a checkpoint due.
-pub const CHECKPOINT_BYTES: u64 = 256 << 20;
+/// Checkpoint at least this often while writes go on, microseconds.
+pub const CHECKPOINT_AFTER_BUSY: u64 = 10_000_000;
+/// Bytes applied that make a checkpoint due; a quarter of the journal if that is less.
+pub const CHECKPOINT_BYTES: u64 = 8 << 30;
 /// Wait before an apply is tried again after ENOSPC, or the note after an error, microseconds.
 pub const RETRY_AFTER: u64 = 1_000_000;
 /// Most bytes of one apply window.

@@ -1,8 +1,8 @@
 //! What is due: commit, apply, checkpoint, super block, freeze. (pure)
 
 use super::{
-    APPLY_AFTER, Action, CHECKPOINT_AFTER, CHECKPOINT_BYTES, COMMIT_AFTER, COMMIT_BYTES, Commit,
-    Filter, Marker, Memory, Segment, Stall, Step, WINDOW_MAX,
+    APPLY_AFTER, Action, CHECKPOINT_AFTER, CHECKPOINT_AFTER_BUSY, CHECKPOINT_BYTES, COMMIT_AFTER,
+    COMMIT_BYTES, Commit, Filter, Marker, Memory, Segment, Stall, Step, WINDOW_MAX,
 };
 use crate::control::Mode;
 use crate::journal::batch::finish_super;
@@ -42,7 +42,7 @@ impl Filter {
             at((self.applied_at + APPLY_AFTER).max(self.retry_apply_at));
         }
         if self.applied > self.sync_reached() && self.syncing.is_none() {
-            at(self.checkpoint_at + CHECKPOINT_AFTER);
+            at(self.checkpoint_due());
         }
         due
     }
@@ -63,6 +63,26 @@ impl Filter {
         }
     }
 
+    /// When a checkpoint is due if not for the bytes: soon when nothing is written any
+    /// more or slots get scarce, else late, so that what is written again and again
+    /// goes to the disks once.
+    fn checkpoint_due(&self) -> u64 {
+        let quiet = self.apply_limit() <= self.applied && self.apply.is_none();
+        let scarce = self.slots.free() <= self.slots.reserve();
+        match self.mode {
+            _ if quiet => self.checkpoint_at.max(self.applied_at) + CHECKPOINT_AFTER,
+            Mode::Unjournaled => self.checkpoint_at + CHECKPOINT_AFTER,
+            _ if scarce => self.checkpoint_at + CHECKPOINT_AFTER,
+            _ => self.checkpoint_at + CHECKPOINT_AFTER_BUSY,
+        }
+    }
+
+    /// What a restart after a power cut may have to replay.
+    fn checkpoint_bytes(&self) -> u64 {
+        let geometry = self.config.geometry;
+        (u64::from(geometry.slots) * geometry.chunk / 4).min(CHECKPOINT_BYTES)
+    }
+
     pub(super) fn poll_commit(&mut self, mem: &mut impl Memory, now: u64) -> Option<Action> {
         if self.commit.is_none() {
             if !self.commit_due(now) {
@@ -76,13 +96,20 @@ impl Filter {
                 return None;
             }
             let end = self.open.lsn;
-            self.commit = Some(Commit { end, writes, in_flight: 0, sync: Step::Due });
+            self.commit = Some(Commit { end, writes, begun: false, in_flight: 0, sync: Step::Due });
         }
         let commit = self.commit.as_mut()?;
-        if let Some(segment) = commit.writes.pop() {
+        let alone = commit.writes.len() == 1 && commit.in_flight == 0 && !commit.begun;
+        if let Some(Segment { pos, len }) = commit.writes.pop() {
+            let at = self.slots.file_offset(pos).expect("I5: its chunk has a slot");
+            // A synchronous write promises only its own bytes.
+            if alone {
+                commit.sync = Step::Running;
+                return Some(Action::JournalCommit { at, pos, len });
+            }
+            commit.begun = true;
             commit.in_flight += 1;
-            let at = self.slots.file_offset(segment.pos).expect("I5: its chunk has a slot");
-            return Some(Action::JournalWrite { at, pos: segment.pos, len: segment.len });
+            return Some(Action::JournalWrite { at, pos, len });
         }
         if commit.in_flight == 0 && commit.sync == Step::Due {
             commit.sync = Step::Running;
@@ -115,7 +142,7 @@ impl Filter {
         let behind = limit - self.applied;
         let due = self.drain
             || self.pressed.is_some()
-            || behind >= self.config.arena / 8
+            || behind >= self.config.arena / 4
             || now >= self.applied_at + APPLY_AFTER;
         if !due {
             return None;
@@ -142,8 +169,8 @@ impl Filter {
             return None;
         }
         let due = self.pressed == Some(Stall::Journal)
-            || self.applied - reached >= CHECKPOINT_BYTES
-            || now >= self.checkpoint_at + CHECKPOINT_AFTER
+            || self.applied - reached >= self.checkpoint_bytes()
+            || now >= self.checkpoint_due()
             || (self.drain && self.applied == self.open.lsn);
         if !due {
             return None;

@@ -20,6 +20,7 @@ use crate::block::{Errno, ExportInfo, Extent, ZeroFlags};
 use crate::nbd::handshake::{
     Handshake, HandshakeConfig, HandshakeEvent, OpenError, TlsMode, default_export,
 };
+use crate::nbd::out::{Buffers, Out};
 use crate::nbd::proto::REQUEST_LEN;
 use crate::nbd::transmission::{
     Decision, EXTENTS_MAX, Header, Limits, Request, block_status, parse, payload_len, reply_data,
@@ -35,6 +36,22 @@ pub struct Shared {
     pub staged: u64,
     /// At most this many (ruling 11).
     pub staged_max: u64,
+    /// For the next payloads.
+    pub buffers: Buffers,
+}
+
+impl Shared {
+    /// Nothing is under way.
+    pub fn new(exports: Vec<String>, staged_max: u64) -> Self {
+        Self { exports, staged: 0, staged_max, buffers: Buffers::new(BUFFERS_KEEP) }
+    }
+
+    /// Frees memory that nobody needs now.
+    pub fn rest(&mut self) {
+        if self.staged == 0 {
+            self.buffers = Buffers::new(BUFFERS_KEEP);
+        }
+    }
 }
 
 /// Why a connection makes no progress.
@@ -61,13 +78,15 @@ pub struct Conn {
     window: Vec<u8>,
     start: usize,
     end: usize,
-    out: Vec<u8>,
-    sent: usize,
+    out: Out,
     job: Option<Job>,
     waiting: HashMap<u32, Waiting>,
     waiting_bytes: u64,
     next_seq: u32,
     goodbye: bool,
+    /// The last receive got less than it had room for: the socket is empty, and the
+    /// next bytes make it readable again.
+    drained: bool,
     /// When the handshake, a payload or the sending of answers last moved.
     moved_at: u64,
 }
@@ -110,13 +129,13 @@ impl Conn {
             window: vec![0; WINDOW],
             start: 0,
             end: 0,
-            out: Vec::new(),
-            sent: 0,
+            out: Out::default(),
             job: None,
             waiting: HashMap::new(),
             waiting_bytes: 0,
             next_seq: 0,
             goodbye: false,
+            drained: false,
             moved_at: now,
         }
     }
@@ -128,7 +147,7 @@ impl Conn {
 
     /// Answers wait for the socket.
     pub fn has_output(&self) -> bool {
-        self.sent < self.out.len()
+        !self.out.is_empty()
     }
 
     /// It made no progress for too long in a state that the client must end.
@@ -140,6 +159,13 @@ impl Conn {
             _ => return false,
         };
         now.saturating_sub(self.moved_at) > limit
+    }
+
+    /// Frees memory that an idle connection does not need.
+    pub fn rest(&mut self, now: u64) {
+        if now.saturating_sub(self.moved_at) > REST_AFTER {
+            self.out.rest();
+        }
     }
 
     /// Does what can be done now.
@@ -196,7 +222,7 @@ impl Conn {
                 }
             };
             match event {
-                HandshakeEvent::Send(bytes) => self.out.extend_from_slice(&bytes),
+                HandshakeEvent::Send(bytes) => self.out.add(|o| o.extend_from_slice(&bytes)),
                 // Never offered: the socket is of this machine.
                 HandshakeEvent::StartTls => return Ok(false),
                 HandshakeEvent::ListExports => handshake.listed(shared.exports.iter()),
@@ -232,7 +258,7 @@ impl Conn {
         now: u64,
     ) -> io::Result<Progress> {
         loop {
-            if self.out.len() - self.sent > OUT_MAX || self.waiting_bytes > IN_FLIGHT_MAX {
+            if self.out.len() > OUT_MAX || self.waiting_bytes > IN_FLIGHT_MAX {
                 return Ok(Progress::Output);
             }
             match self.step_job(volume, shared, limits, disk, now)? {
@@ -274,7 +300,7 @@ impl Conn {
                 shared.staged += payload as u64;
                 self.start += REQUEST_LEN;
                 self.moved_at = now;
-                let buf = vec![0; payload];
+                let buf = shared.buffers.take(payload);
                 self.job = Some(Job::Fill { header, offset, fua, buf, filled: 0 });
                 continue;
             }
@@ -308,6 +334,7 @@ impl Conn {
                 }
                 if staged {
                     shared.staged -= buf.len() as u64;
+                    shared.buffers.give(buf);
                 }
                 self.admitted(volume, limits, header, fua, result);
                 Ok(None)
@@ -379,7 +406,7 @@ impl Conn {
             self.start += have as usize;
             left -= have;
             if left == 0 {
-                reply_error(&mut self.out, limits.structured, &header, errno);
+                self.out.add(|o| reply_error(o, limits.structured, &header, errno));
                 return Ok(None);
             }
             if !self.receive(now)? {
@@ -420,7 +447,7 @@ impl Conn {
     ) {
         match result {
             Err(Refusal::Fail(errno)) => {
-                reply_error(&mut self.out, limits.structured, &header, errno);
+                self.out.add(|o| reply_error(o, limits.structured, &header, errno));
             }
             Ok(end) if fua => {
                 let token = self.wait(header, 0, false);
@@ -428,7 +455,9 @@ impl Conn {
                     self.handle_durable(token);
                 }
             }
-            Ok(_) | Err(Refusal::Stalled) => reply_ok(&mut self.out, limits.structured, &header),
+            Ok(_) | Err(Refusal::Stalled) => {
+                self.out.add(|o| reply_ok(o, limits.structured, &header))
+            }
         }
     }
 
@@ -442,8 +471,8 @@ impl Conn {
     ) {
         let structured = limits.structured;
         match decision {
-            Decision::Empty => reply_ok(&mut self.out, structured, &header),
-            Decision::Refuse(errno) => reply_error(&mut self.out, structured, &header, errno),
+            Decision::Empty => self.out.add(|o| reply_ok(o, structured, &header)),
+            Decision::Refuse(errno) => self.out.add(|o| reply_error(o, structured, &header, errno)),
             Decision::Drain { len, errno } => {
                 self.job = Some(Job::Drain { header, left: u64::from(len), errno });
             }
@@ -463,14 +492,10 @@ impl Conn {
     ) {
         match request {
             Request::Read { offset, len, .. } => {
-                let before = self.out.len();
-                reply_data(&mut self.out, structured, header.cookie, offset, len);
                 let token = self.wait(header, u64::from(len), false);
-                match volume.read(token, disk, offset, u64::from(len), &mut self.out) {
-                    ReadOutcome::Done => {
-                        self.take(token);
-                    }
-                    ReadOutcome::Pending => self.out.truncate(before),
+                let buf = self.out.buffer(len as usize);
+                if let ReadOutcome::Done(data) = volume.read(token, disk, offset, buf) {
+                    self.handle_read(token, Ok(data));
                 }
             }
             Request::Flush => {
@@ -483,7 +508,7 @@ impl Conn {
                 let token = self.wait(header, 0, one);
                 volume.extents(token, disk, offset, u64::from(len));
             }
-            Request::Cache { .. } => reply_ok(&mut self.out, structured, &header),
+            Request::Cache { .. } => self.out.add(|o| reply_ok(o, structured, &header)),
             Request::Trim { offset, len, fua } => {
                 let flags = ZeroFlags { fua, ..ZeroFlags::default() };
                 let len = u64::from(len);
@@ -520,7 +545,7 @@ impl Conn {
     pub fn handle_durable(&mut self, token: u64) {
         let structured = self.structured();
         if let Some(waiting) = self.take(token) {
-            reply_ok(&mut self.out, structured, &waiting.header);
+            self.out.add(|o| reply_ok(o, structured, &waiting.header));
         }
     }
 
@@ -528,7 +553,7 @@ impl Conn {
     pub fn handle_lost(&mut self, token: u64) {
         let structured = self.structured();
         if let Some(waiting) = self.take(token) {
-            reply_error(&mut self.out, structured, &waiting.header, Errno::Io);
+            self.out.add(|o| reply_error(o, structured, &waiting.header, Errno::Io));
         }
     }
 
@@ -538,10 +563,11 @@ impl Conn {
         let Some(Waiting { header, .. }) = self.take(token) else { return };
         match result {
             Ok(data) => {
-                reply_data(&mut self.out, structured, header.cookie, header.offset, header.len);
-                self.out.extend_from_slice(&data);
+                let Header { cookie, offset, len, .. } = header;
+                self.out.add(|o| reply_data(o, structured, cookie, offset, len));
+                self.out.add_data(data);
             }
-            Err(errno) => reply_error(&mut self.out, structured, &header, errno),
+            Err(errno) => self.out.add(|o| reply_error(o, structured, &header, errno)),
         }
     }
 
@@ -552,9 +578,10 @@ impl Conn {
         match result {
             Ok(extents) => {
                 let max = if one { 1 } else { EXTENTS_MAX };
-                block_status(&mut self.out, header.cookie, &extents[..extents.len().min(max)]);
+                let extents = &extents[..extents.len().min(max)];
+                self.out.add(|o| block_status(o, header.cookie, extents));
             }
-            Err(errno) => reply_error(&mut self.out, structured, &header, errno),
+            Err(errno) => self.out.add(|o| reply_error(o, structured, &header, errno)),
         }
     }
 
@@ -569,31 +596,22 @@ impl Conn {
 
     fn send(&mut self) -> io::Result<usize> {
         let mut total = 0;
-        loop {
-            if self.sent == self.out.len() {
-                break;
-            }
-            let sent = match self.socket.write(&self.out[self.sent..]) {
+        while !self.out.is_empty() {
+            let socket = &self.socket;
+            match self.out.write_with(|slices| (&*socket).write_vectored(slices)) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                other => other?,
-            };
-            self.sent += sent;
-            total += sent;
-        }
-        if self.sent == self.out.len() {
-            self.out.clear();
-            self.out.shrink_to(OUT_KEEP);
-            self.sent = 0;
-        } else if self.sent > OUT_KEEP {
-            self.out.drain(..self.sent);
-            self.sent = 0;
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                other => total += other?,
+            }
         }
         Ok(total)
     }
 
     /// Receives into the window; false when the socket has nothing now.
     fn receive(&mut self, now: u64) -> io::Result<bool> {
+        if std::mem::take(&mut self.drained) {
+            return Ok(false);
+        }
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
         } else if self.window.len() - self.end < WINDOW / 2 {
@@ -605,6 +623,7 @@ impl Conn {
         self.window = window;
         let count = count?;
         self.end += count;
+        self.drained = count > 0 && self.end < self.window.len();
         if count > 0 && !matches!(self.phase, Phase::Handshake(_)) {
             self.moved_at = now;
         }
@@ -669,14 +688,16 @@ const WINDOW: usize = 256 << 10;
 const SMALL: usize = 64 << 10;
 /// No request is begun while more than this waits to be sent, bytes.
 const OUT_MAX: usize = 4 << 20;
-/// Memory kept for answers between bursts, bytes.
-const OUT_KEEP: usize = 1 << 20;
 /// No request is begun while reads of more than this are under way, bytes.
 const IN_FLIGHT_MAX: u64 = 16 << 20;
 /// What a request that waits counts at least, bytes: it bounds their number.
 const WAIT_COST: u64 = 4096;
 /// Receives in a row before the others get their turn.
 const ROUNDS: usize = 16;
+/// Payload buffers kept for later, bytes.
+const BUFFERS_KEEP: usize = 8 << 20;
+/// A connection is idle after this, microseconds.
+const REST_AFTER: u64 = 1_000_000;
 /// The whole handshake, microseconds.
 const HANDSHAKE_MAX: u64 = 10_000_000;
 /// A payload or the sending of answers that does not move, microseconds.

@@ -42,6 +42,52 @@ pub struct Server {
     next_id: u64,
     swept_at: u64,
     stopping: Option<(u64, bool)>,
+    spin: Spin,
+    alone: Alone,
+}
+
+/// Whether waiting awake pays: it did the last time, or it is time to try again.
+#[derive(Debug, Default)]
+struct Spin {
+    skip: u32,
+    lost: u32,
+}
+
+impl Spin {
+    fn begin(&mut self) -> bool {
+        let now = self.skip == 0;
+        self.skip = self.skip.saturating_sub(1);
+        now
+    }
+
+    fn won(&mut self) {
+        self.lost = 0;
+    }
+
+    /// `preempted`: somebody else needs this processor.
+    fn lost(&mut self, preempted: bool) {
+        self.lost = if preempted { SPIN_SKIP_MAX } else { (self.lost * 2 + 1).min(SPIN_SKIP_MAX) };
+        self.skip = self.lost;
+    }
+}
+
+/// Which connection was active last, and until when others were.
+#[derive(Debug, Default)]
+struct Alone {
+    last: u64,
+    others_until: u64,
+}
+
+impl Alone {
+    fn saw(&mut self, id: u64, now: u64) {
+        if self.last != id {
+            (self.last, self.others_until) = (id, now);
+        }
+    }
+
+    fn is(&self, now: u64) -> bool {
+        now >= self.others_until + ALONE_AFTER
+    }
 }
 
 impl Server {
@@ -59,11 +105,8 @@ impl Server {
         add(volume.fd(), ENGINE)?;
         add(nbd.as_fd(), NBD)?;
         add(control.as_fd(), CONTROL)?;
-        let shared = Shared {
-            exports: config.disks.iter().map(|d| config.export(&d.disk)).collect(),
-            staged: 0,
-            staged_max: config.arena_bytes / 2,
-        };
+        let exports = config.disks.iter().map(|d| config.export(&d.disk)).collect();
+        let shared = Shared::new(exports, config.arena_bytes / 2);
         Ok(Self {
             volume,
             shared,
@@ -79,6 +122,8 @@ impl Server {
             next_id: FIRST_ID,
             swept_at: 0,
             stopping: None,
+            spin: Spin::default(),
+            alone: Alone::default(),
         })
     }
 
@@ -86,30 +131,27 @@ impl Server {
     pub fn run(mut self) -> io::Result<()> {
         let mut ready: Vec<epoll::Event> = Vec::with_capacity(256);
         let mut events = Vec::new();
+        let mut touched: Vec<u64> = Vec::new();
         loop {
-            let timeout = self.timeout();
-            ready.clear();
-            match epoll::wait(
-                &self.epoll,
-                rustix::buffer::spare_capacity(&mut ready),
-                Some(&timeout),
-            ) {
-                Err(rustix::io::Errno::INTR) => {}
-                other => {
-                    other?;
-                }
-            }
+            self.wait(&mut ready)?;
             let now = self.clock.mono_us();
-            let mut touched: Vec<u64> = Vec::new();
+            touched.clear();
             for event in &ready {
                 match event.data.u64() {
-                    ENGINE => {}
+                    ENGINE => self.volume.clear(),
                     NBD | CONTROL => self.accept(event.data.u64(), now),
                     id => {
                         touched.push(id);
+                        self.alone.saw(id, now);
                         self.ready(id, now);
                     }
                 }
+            }
+            let alone = self.alone.is(now);
+            self.volume.set_alone(alone);
+            if alone && self.volume.has_waiters() {
+                // The commit will keep this thread: what is ready goes first.
+                self.send(&touched, now);
             }
             self.turn(&mut events, &mut touched, now);
             touched.sort_unstable();
@@ -122,12 +164,46 @@ impl Server {
         }
     }
 
-    fn timeout(&self) -> Timespec {
-        let now = self.clock.mono_us();
+    /// Waits for something to do: awake for as long as that was worth it lately.
+    fn wait(&mut self, ready: &mut Vec<epoll::Event>) -> io::Result<()> {
+        let start = self.clock.mono_us();
+        let due = self.due(start);
+        if self.spin.begin() {
+            let until = due.min(start + SPIN_MAX);
+            let mut before = start;
+            loop {
+                self.poll(ready, 0)?;
+                if !ready.is_empty() {
+                    self.spin.won();
+                    return Ok(());
+                }
+                let now = self.clock.mono_us();
+                if now >= until || now - before > SPIN_MAX {
+                    self.spin.lost(now - before > SPIN_MAX);
+                    break;
+                }
+                before = now;
+            }
+        }
+        self.poll(ready, due.saturating_sub(self.clock.mono_us()))
+    }
+
+    fn poll(&self, ready: &mut Vec<epoll::Event>, us: u64) -> io::Result<()> {
+        let timeout =
+            Timespec { tv_sec: (us / 1_000_000) as i64, tv_nsec: (us % 1_000_000 * 1000) as i64 };
+        ready.clear();
+        let room = rustix::buffer::spare_capacity(ready);
+        match epoll::wait(&self.epoll, room, Some(&timeout)) {
+            Err(rustix::io::Errno::INTR) => Ok(()),
+            other => Ok(other.map(|_| ())?),
+        }
+    }
+
+    /// When something is due though nothing happens; monotonic microseconds.
+    fn due(&self, now: u64) -> u64 {
         let ctl = self.ctls.values().filter_map(Ctl::deadline).min();
         let due = self.volume.timeout().into_iter().chain(ctl).min();
-        let us = due.map_or(SWEEP_EVERY, |due| due.saturating_sub(now)).min(SWEEP_EVERY);
-        Timespec { tv_sec: (us / 1_000_000) as i64, tv_nsec: (us % 1_000_000 * 1000) as i64 }
+        due.unwrap_or(u64::MAX).min(now + SWEEP_EVERY)
     }
 
     /// The volume's turn, until nothing new comes of it.
@@ -225,24 +301,25 @@ impl Server {
             Progress::Closed => self.close(id),
             Progress::Room => {
                 queue_once(&mut self.waiting, id);
-                self.interest(id, false);
+                self.interest(id, false, false);
             }
             Progress::Budget => {
                 queue_once(&mut self.budget, id);
                 self.staged_seen = self.staged_seen.max(self.shared.staged);
-                self.interest(id, false);
+                self.interest(id, false, false);
             }
-            Progress::Output => self.interest(id, false),
-            Progress::Input => self.interest(id, true),
+            Progress::Output => self.interest(id, false, false),
+            Progress::Input => self.interest(id, true, false),
         }
     }
 
-    /// Polls for input only if the connection can use it, for output only if it has some.
-    fn interest(&mut self, id: u64, input: bool) {
+    /// Polls for input only if the connection can use it, for output only if some did
+    /// not leave at once: `send` comes after everything else.
+    fn interest(&mut self, id: u64, input: bool, output: bool) {
         let Some((conn, old)) = self.conns.get_mut(&id) else { return };
         let mut flags = epoll::EventFlags::empty();
         flags.set(epoll::EventFlags::IN, input);
-        flags.set(epoll::EventFlags::OUT, conn.has_output());
+        flags.set(epoll::EventFlags::OUT, output);
         if *old != flags.bits() {
             *old = flags.bits();
             let data = epoll::EventData::new_u64(id);
@@ -271,7 +348,7 @@ impl Server {
                 let left = conn.has_output();
                 let input = *old & epoll::EventFlags::IN.bits() != 0;
                 if !had || left || input || self.is_queued(*id) {
-                    self.interest(*id, input);
+                    self.interest(*id, input, left);
                     break;
                 }
                 self.progress(*id, now);
@@ -343,6 +420,8 @@ impl Server {
             return;
         }
         self.swept_at = now;
+        self.conns.values_mut().for_each(|(conn, _)| conn.rest(now));
+        self.shared.rest();
         let stuck = |(id, (conn, _)): (&u64, &(Conn, u32))| conn.is_stuck(now).then_some(*id);
         for id in self.conns.iter().filter_map(stuck).collect::<Vec<_>>() {
             tracing::debug!("an NBD connection stalled and is closed");
@@ -415,6 +494,7 @@ pub fn wait_until(
 ) -> io::Result<()> {
     let mut events = Vec::new();
     loop {
+        volume.clear();
         volume.turn(&mut events);
         events.clear();
         if done(volume) {
@@ -462,5 +542,11 @@ const CONTROLS_MAX: usize = 64;
 const ACCEPT_MAX: usize = 16;
 /// Between looks for stalled connections, microseconds.
 const SWEEP_EVERY: u64 = 1_000_000;
+/// Longest wait awake, microseconds: the answer of a client that has nothing else to do.
+const SPIN_MAX: u64 = 50;
+/// Most waits between two tries to wait awake.
+const SPIN_SKIP_MAX: u32 = 255;
+/// A connection is alone when no other sent anything for so long, microseconds.
+const ALONE_AFTER: u64 = 10_000;
 /// SO_SNDBUF and SO_RCVBUF, bytes.
 const SOCKET_BUFFER: usize = 2 << 20;

@@ -108,7 +108,8 @@ pub fn open(config: &GroupConfig, paths: &GroupPaths) -> Result<Volume, StartErr
     };
     let mut disks = Vec::new();
     for disk in &config.disks {
-        disks.push(open_locked(files.as_ref(), &disk.path, Open::ReadWrite)?);
+        let how = if apart(&config.journal, &disk.path) { Open::Disk } else { Open::ReadWrite };
+        disks.push(open_locked(files.as_ref(), &disk.path, how)?);
     }
     let parts = recover(config, files, journal, disks, marker, clock.mono_us())?;
     let engine = choose_engine(&parts.target)?;
@@ -121,6 +122,17 @@ pub fn open(config: &GroupConfig, paths: &GroupPaths) -> Result<Volume, StartErr
         clock,
         config.arena_path(),
     ))
+}
+
+/// Whether journal and disk are on different devices. On one device what is written twice
+/// had better stay in the page cache for a while: some of it is overwritten there.
+fn apart(journal: &Path, disk: &Path) -> bool {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let device = |path: &Path| {
+        let meta = std::fs::metadata(path).ok()?;
+        Some(if meta.file_type().is_block_device() { meta.rdev() } else { meta.dev() })
+    };
+    device(journal) != device(disk)
 }
 
 /// The note that a group's journal is dead.

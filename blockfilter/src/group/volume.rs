@@ -73,9 +73,9 @@ pub enum Refusal {
 /// How far a read got.
 #[derive(Debug)]
 pub enum ReadOutcome {
-    /// The bytes were appended.
-    Done,
-    /// [`VolumeEvent::Read`] will bring them; nothing was appended.
+    /// The buffer, filled.
+    Done(Vec<u8>),
+    /// [`VolumeEvent::Read`] will bring it.
     Pending,
 }
 
@@ -122,6 +122,9 @@ pub struct Volume {
     free_at: u64,
     errors: Vec<Option<String>>,
     journal_error: Option<String>,
+    /// See [`Volume::set_alone`], and until when it is not acted upon.
+    alone: bool,
+    not_here_until: u64,
     writes: u64,
     write_bytes: u64,
 }
@@ -155,6 +158,8 @@ impl Volume {
             free_at: 0,
             errors: vec![None; count],
             journal_error: None,
+            alone: false,
+            not_here_until: 0,
             writes: 0,
             write_bytes: 0,
         }
@@ -274,44 +279,27 @@ impl Volume {
         Ok(())
     }
 
-    /// Appends `len` bytes to `out`, or starts a read that brings them later.
-    pub fn read(
-        &mut self,
-        token: u64,
-        disk: u8,
-        offset: u64,
-        len: u64,
-        out: &mut Vec<u8>,
-    ) -> ReadOutcome {
-        let start = out.len();
-        let gaps = self.read_now(disk, offset, len, out);
+    /// Fills `buf` from `offset` on, or starts a read that brings it later.
+    pub fn read(&mut self, token: u64, disk: u8, offset: u64, mut buf: Vec<u8>) -> ReadOutcome {
+        let gaps = self.read_now(disk, offset, &mut buf);
         if gaps.is_empty() {
-            return ReadOutcome::Done;
+            return ReadOutcome::Done(buf);
         }
-        let buf = out.split_off(start);
         self.engine.submit(Op::Read { token, disk, gaps, buf });
         ReadOutcome::Pending
     }
 
     /// Copies what is in memory; returns the rest as `(offset, len, place)`.
-    fn read_now(
-        &mut self,
-        disk: u8,
-        offset: u64,
-        len: u64,
-        out: &mut Vec<u8>,
-    ) -> Vec<(u64, u64, usize)> {
-        let start = out.len();
-        out.resize(start + len as usize, 0);
+    fn read_now(&mut self, disk: u8, offset: u64, buf: &mut [u8]) -> Vec<(u64, u64, usize)> {
         let mut pieces = std::mem::take(&mut self.pieces);
-        self.overlays[usize::from(disk)].lookup(offset, len, &mut pieces);
+        self.overlays[usize::from(disk)].lookup(offset, buf.len() as u64, &mut pieces);
         let file = &self.target.disks[usize::from(disk)];
         let mut gaps = Vec::new();
         for piece in &pieces {
             let at = (piece.offset - offset) as usize;
-            let to = &mut out[start + at..start + at + piece.len as usize];
+            let to = &mut buf[at..at + piece.len as usize];
             match piece.source {
-                Source::Zero => {}
+                Source::Zero => to.fill(0),
                 Source::Arena(pos) => to.copy_from_slice(self.memory.0.bytes(pos, piece.len)),
                 Source::Disk => {
                     let got = file.read_nowait(piece.offset, to).unwrap_or(0);
@@ -328,8 +316,8 @@ impl Volume {
 
     /// Reads at once, from the disk if need be.
     pub fn read_blocking(&mut self, disk: u8, offset: u64, len: u64) -> Result<Vec<u8>, Refusal> {
-        let mut out = Vec::new();
-        let gaps = self.read_now(disk, offset, len, &mut out);
+        let mut out = vec![0; len as usize];
+        let gaps = self.read_now(disk, offset, &mut out);
         let file = &self.target.disks[usize::from(disk)];
         for (offset, len, at) in gaps {
             file.read_exact_at(offset, &mut out[at..at + len as usize])
@@ -377,6 +365,22 @@ impl Volume {
     pub fn mark(&mut self, tag: &[u8], app: bool) -> Result<u64, Refusal> {
         let now = self.clock.mono_us();
         self.filter.admit_mark(tag, app, &mut self.memory, now).map_err(|_| Refusal::Stalled)
+    }
+
+    /// Whether only one connection is active. Then a commit that it waits for is
+    /// carried out by the caller of [`Volume::turn`].
+    pub fn set_alone(&mut self, alone: bool) {
+        self.alone = alone;
+    }
+
+    /// Somebody waits for a commit.
+    pub fn has_waiters(&self) -> bool {
+        self.filter.has_waiters()
+    }
+
+    /// Makes [`Volume::fd`] unreadable until more is done.
+    pub fn clear(&mut self) {
+        self.engine.clear();
     }
 
     /// Takes completions, starts what is due, and appends what became ready.
@@ -427,12 +431,34 @@ impl Volume {
         let op = match action {
             Action::JournalWrite { at, pos, len } => Op::JournalWrite { at, pos, len },
             Action::JournalSync => Op::JournalSync,
+            Action::JournalCommit { at, pos, len } => {
+                let op = Op::JournalCommit { at, pos, len };
+                if self.alone
+                    && self.filter.has_waiters()
+                    && self.clock.mono_us() >= self.not_here_until
+                {
+                    self.commit_here(op);
+                    return;
+                }
+                op
+            }
             Action::Apply { to } => Op::Apply(plan(self.filter.window(to))),
             Action::SyncDisks => Op::SyncDisks,
             Action::WriteSuper(sup) => Op::WriteSuper(sup),
             Action::MarkUnjournaled => Op::MarkUnjournaled(self.positions().incarnation),
         };
         self.engine.submit(op);
+    }
+
+    /// Commits in this thread: with one client, which waits, handing the work over and
+    /// back costs more than nothing gains. Not after the journal was slow.
+    fn commit_here(&mut self, op: Op) {
+        let before = self.clock.mono_us();
+        self.done.push(self.target.execute(op));
+        let after = self.clock.mono_us();
+        if after - before > HERE_MAX {
+            self.not_here_until = after + HERE_PAUSE;
+        }
     }
 
     fn handle(&mut self, done: Done, events: &mut Vec<VolumeEvent>, now: u64) {
@@ -630,3 +656,7 @@ fn merge_extents(pieces: &[Piece], from_disk: Vec<Vec<Extent>>) -> Vec<Extent> {
 /// Bytes that stay free on a file system that holds a sparse image.
 pub const SPACE_MARGIN: u64 = 16 << 20;
 const SPACE_CHECK_EVERY: u64 = 50_000;
+/// A commit in the group's thread that took longer than this, microseconds, ...
+const HERE_MAX: u64 = 5_000;
+/// ... lets the engine do them for so long.
+const HERE_PAUSE: u64 = 1_000_000;

@@ -28,7 +28,8 @@ use format::*;
 
 /// Makes the group's journal file: every byte of it allocated and *written* with zeroes
 /// (a commit into unwritten extents takes more than twice as long), then the
-/// super block. `progress(done, total)` is called about every MiB; an error
+/// super block. Past the page cache: journal pages left there would have to be
+/// thrown out by the commits. `progress(done, total)` is called every 4 MiB; an error
 /// from it stops. Fails with `AlreadyExists` if the file is there. Durable on
 /// return. On an error the file is removed.
 pub fn create(
@@ -36,8 +37,10 @@ pub fn create(
     config: &GroupConfig,
     progress: &mut dyn FnMut(u64, u64) -> io::Result<()>,
 ) -> io::Result<()> {
-    let file = files.open(&config.journal, Open::CreateNew)?;
-    let made = fill(file.as_ref(), config, progress)
+    files.open(&config.journal, Open::CreateNew)?;
+    let made = files
+        .open(&config.journal, Open::Direct)
+        .and_then(|file| fill(file.as_ref(), config, progress))
         .and_then(|()| config.journal.parent().map_or(Ok(()), |dir| files.sync_dir(dir)));
     if made.is_err() {
         let _ = files.remove(&config.journal);
@@ -50,11 +53,12 @@ fn fill(
     config: &GroupConfig,
     progress: &mut dyn FnMut(u64, u64) -> io::Result<()>,
 ) -> io::Result<()> {
-    const STEP: usize = 1 << 20;
+    const STEP: usize = 4 << 20;
     let sup = first_super(config)?;
     let total = geometry_of(&sup).file_len();
     file.allocate(0, total)?;
-    let zeroes = vec![0; STEP];
+    let zeroes = vec![0; STEP + PAGE as usize];
+    let zeroes = &zeroes[zeroes.as_ptr().align_offset(PAGE as usize)..];
     let mut done = 0;
     while done < total {
         let now = (total - done).min(STEP as u64);

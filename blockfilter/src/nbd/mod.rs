@@ -10,6 +10,7 @@ pub mod client;
 pub mod file;
 pub mod handshake;
 pub mod listen;
+pub mod out;
 pub mod proto;
 pub mod server;
 pub mod transmission;

@@ -1,7 +1,7 @@
 //! One connection of the blocking server: handshake, then turns of one recv,
 //! all the requests in it, one send.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -14,6 +14,7 @@ use crate::nbd::handshake::{
     Handshake, HandshakeConfig, HandshakeEvent, Negotiated, OpenError, TlsMode, default_export,
 };
 use crate::nbd::listen::Accepted;
+use crate::nbd::out::{Buffers, Out};
 use crate::nbd::proto::REQUEST_LEN;
 use crate::nbd::transmission::{
     self, BadMagic, Decision, EXTENTS_MAX, Header, Limits, Request, block_status, reply_data,
@@ -88,6 +89,19 @@ impl Stream {
             Self::Tls(s) => s.write_all(data).and_then(|()| s.flush()),
             Self::None => Err(io::ErrorKind::NotConnected.into()),
         }
+    }
+
+    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self {
+            Self::Unix(s) => s.write_vectored(slices),
+            Self::Tcp(s) => s.write_vectored(slices),
+            Self::Tls(s) => s.write_vectored(slices),
+            Self::None => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if let Self::Tls(s) = self { s.flush() } else { Ok(()) }
     }
 
     /// Tells a TLS peer that nothing follows.
@@ -243,7 +257,8 @@ impl Opening<'_> {
             window,
             start: 0,
             end: rest.len(),
-            out: Vec::with_capacity(OUT_SEND),
+            out: Out::default(),
+            buffers: Buffers::new(KEEP),
         };
         let end = connection.serve();
         connection.stream.finish();
@@ -262,7 +277,9 @@ struct Connection<'a> {
     start: usize,
     end: usize,
     /// Answers not sent yet.
-    out: Vec<u8>,
+    out: Out,
+    /// For the next large payloads.
+    buffers: Buffers,
 }
 
 impl Connection<'_> {
@@ -292,11 +309,13 @@ impl Connection<'_> {
             let structured = self.limits.structured;
             match decision {
                 Decision::Run(request) => self.run(&header, request)?,
-                Decision::Empty => reply_ok(&mut self.out, structured, &header),
-                Decision::Refuse(errno) => reply_error(&mut self.out, structured, &header, errno),
+                Decision::Empty => self.out.add(|o| reply_ok(o, structured, &header)),
+                Decision::Refuse(errno) => {
+                    self.out.add(|o| reply_error(o, structured, &header, errno))
+                }
                 Decision::Drain { len, errno } => {
                     self.drain(len as usize)?;
-                    reply_error(&mut self.out, structured, &header, errno);
+                    self.out.add(|o| reply_error(o, structured, &header, errno));
                 }
                 Decision::Goodbye => return Err(End::Goodbye),
                 Decision::Close => return Err(End::TooLarge),
@@ -315,7 +334,7 @@ impl Connection<'_> {
                 let max = if one { 1 } else { EXTENTS_MAX };
                 match export.extents(offset, u64::from(len), max) {
                     Ok(extents) if !extents.is_empty() => {
-                        block_status(&mut self.out, header.cookie, &extents);
+                        self.out.add(|o| block_status(o, header.cookie, &extents));
                         return Ok(());
                     }
                     Ok(_) => Err(Errno::Io),
@@ -329,8 +348,8 @@ impl Connection<'_> {
             Request::Flush => export.flush(),
         };
         match result {
-            Ok(()) => reply_ok(&mut self.out, self.limits.structured, header),
-            Err(errno) => reply_error(&mut self.out, self.limits.structured, header, errno),
+            Ok(()) => self.out.add(|o| reply_ok(o, self.limits.structured, header)),
+            Err(errno) => self.out.add(|o| reply_error(o, self.limits.structured, header, errno)),
         }
         Ok(())
     }
@@ -342,22 +361,21 @@ impl Connection<'_> {
             self.send()?;
             reserved = self.shared.reserve(u64::from(len));
         }
-        let before = self.out.len();
-        let result = if large && reserved.is_none() {
-            Err(Errno::NoMem)
-        } else {
-            reply_data(&mut self.out, self.limits.structured, header.cookie, offset, len);
-            let data = self.out.len();
-            self.out.resize(data + len as usize, 0);
-            self.export.read(offset, &mut self.out[data..])
-        };
+        let structured = self.limits.structured;
+        let mut result = Err(Errno::NoMem);
+        if !large || reserved.is_some() {
+            let mut data = self.out.buffer(len as usize);
+            result = self.export.read(offset, &mut data);
+            if result.is_ok() {
+                self.out.add(|o| reply_data(o, structured, header.cookie, offset, len));
+                self.out.add_data(data);
+            }
+        }
         if let Err(errno) = result {
-            self.out.truncate(before);
-            reply_error(&mut self.out, self.limits.structured, header, errno);
+            self.out.add(|o| reply_error(o, structured, header, errno));
         }
         if large {
             self.send()?;
-            self.out = Vec::with_capacity(OUT_SEND);
         }
         Ok(())
     }
@@ -380,11 +398,13 @@ impl Connection<'_> {
             return Ok(Err(Errno::NoMem));
         };
         let here = self.end - self.start;
-        let mut payload = vec![0; len];
+        let mut payload = self.buffers.take(len);
         payload[..here].copy_from_slice(&self.window[self.start..self.end]);
         self.start = self.end;
         self.receive(&mut payload[here..])?;
-        Ok(self.export.write(offset, &payload, fua))
+        let result = self.export.write(offset, &payload, fua);
+        self.buffers.give(payload);
+        Ok(result)
     }
 
     /// Fills `buf` from the socket, at no less than a slow modem's pace.
@@ -445,7 +465,10 @@ impl Connection<'_> {
                     self.end += n;
                     return Ok(());
                 }
-                Err(error) if idle && is_timeout(&error) && !self.shared.is_stopping() => {}
+                Err(error) if idle && is_timeout(&error) && !self.shared.is_stopping() => {
+                    self.out.rest();
+                    self.buffers = Buffers::new(KEEP);
+                }
                 Err(error) if is_timeout(&error) => return Err(End::Stalled),
                 Err(error) => return Err(error.into()),
             }
@@ -453,12 +476,16 @@ impl Connection<'_> {
     }
 
     fn send(&mut self) -> Result<(), End> {
-        if !self.out.is_empty() {
-            let result = self.stream.write_all(&self.out);
-            self.out.clear();
-            result.map_err(|e| if is_timeout(&e) { End::Stalled } else { e.into() })?;
+        let any = !self.out.is_empty();
+        while !self.out.is_empty() {
+            match self.out.write_with(|slices| self.stream.write_vectored(slices)) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if is_timeout(&error) => return Err(End::Stalled),
+                Ok(0) => return Err(End::Closed),
+                other => drop(other?),
+            }
         }
-        Ok(())
+        if any { Ok(self.stream.flush()?) } else { Ok(()) }
     }
 }
 
@@ -468,6 +495,8 @@ fn is_timeout(error: &io::Error) -> bool {
 
 /// Bytes received at once, and the largest payload that needs no reservation.
 const WINDOW: usize = 256 << 10;
+/// Payload memory kept for the next one, bytes.
+const KEEP: usize = 1 << 20;
 /// Answers are sent at the end of a turn, or earlier when there are so many bytes.
 const OUT_SEND: usize = 256 << 10;
 /// Bytes received at once in handshake; what is left over fits the window.
