@@ -6,6 +6,8 @@
 //! LSN range; nothing was decompressed for that. Before it: the channel, which
 //! asks [`check_header`] before it allocates. After it: receiver and store.
 
+use std::borrow::Cow;
+
 use blockfilter::journal::format::{RecDesc, RecOp};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -193,17 +195,17 @@ impl FrameBuf {
     }
 
     /// The payload blob, decompressed; never more than the header's `raw_len`.
-    pub fn payload(&self) -> Result<Vec<u8>, FrameError> {
+    pub fn payload(&self) -> Result<Cow<'_, [u8]>, FrameError> {
         let raw_len = self.hdr.raw_len.get() as usize;
         if self.hdr.codec == CodecId::None as u8 {
-            return Ok(self.body().to_vec());
+            return Ok(Cow::Borrowed(self.body()));
         }
         let raw = zstd::bulk::decompress(self.body(), raw_len)
             .map_err(|_| FrameError::Bad("compressed body"))?;
         if raw.len() != raw_len {
             return Err(FrameError::Bad("length of the decompressed body"));
         }
-        Ok(raw)
+        Ok(Cow::Owned(raw))
     }
 
     /// The JSON body, decoded.
@@ -274,7 +276,7 @@ mod tests {
         let again = FrameBuf::from_bytes(frame.bytes.clone()).unwrap();
         assert_eq!(again, frame);
         assert_eq!(again.descs().len(), 1);
-        assert_eq!(again.payload().unwrap(), vec![7; 512]);
+        assert_eq!(again.payload().unwrap().as_ref(), [7; 512]);
     }
 
     #[test]
@@ -351,7 +353,7 @@ mod tests {
         let mut hdr = good.hdr;
         hdr.codec = CodecId::Zstd as u8;
         let frame = FrameBuf::seal(hdr, good.descs(), &packed);
-        assert_eq!(frame.payload().unwrap(), vec![7; 512]);
+        assert_eq!(frame.payload().unwrap().as_ref(), [7; 512]);
         hdr.raw_len = 1024.into();
         assert!(FrameBuf::seal(hdr, good.descs(), &packed).payload().is_err());
     }

@@ -132,6 +132,7 @@ impl Shipper {
     /// Session after session until `stop`.
     pub fn run(&self, stop: &AtomicBool) {
         let mut backoff = Backoff::new(self.retry_us);
+        let mut here = Backoff::new(HERE_US);
         let random = ring::rand::SystemRandom::new();
         let mut damaged = 0;
         for turn in 0_usize.. {
@@ -150,6 +151,7 @@ impl Shipper {
             };
             if held {
                 backoff.worked();
+                here.worked();
             }
             let mut bytes = [0; 8];
             // Without randomness there is only less jitter.
@@ -157,6 +159,8 @@ impl Shipper {
             let wait = match error {
                 // The next session seeds; nothing to wait for.
                 SessionError::Frozen | SessionError::Journal(ReadError::Gone(_)) if held => 0,
+                // It starts beside us, or starts again in a moment.
+                SessionError::Filter(_) => here.failed(u64::from_le_bytes(bytes)),
                 _ => backoff.failed(u64::from_le_bytes(bytes)),
             };
             tracing::warn!(group = %self.group.group, target, %error, wait_us = wait, "no session");
@@ -239,6 +243,8 @@ impl Shipper {
 
 /// First wait after a failure, microseconds.
 pub const RETRY_US: u64 = 1_000_000;
+/// The same if it is the filter that is not there.
+const HERE_US: u64 = 20_000;
 const CONNECT_MAX: Duration = Duration::from_secs(10);
 /// A session that lived this long was a success.
 const HELD_US: u64 = 5_000_000;

@@ -463,8 +463,10 @@ impl FrameCache {
             return Ok(payload);
         }
         let read = env.read_frame(seg, u64::from(frame_off));
-        let payload = read
-            .and_then(|frame| open_payload(&frame).map_err(|e| io::Error::other(e.to_string())));
+        let payload = read.and_then(|frame| {
+            let payload = open_payload(&frame).map_err(|e| io::Error::other(e.to_string()))?;
+            Ok(payload.into_owned())
+        });
         let payload = Arc::new(payload.map_err(|error| {
             tracing::error!(seg, frame_off, %error, "a frame cannot be read");
             Errno::Io

@@ -172,7 +172,7 @@ proptest! {
             for frame in frames(&mut epoch, payload) {
                 prop_assert_eq!(frame.hdr.lsn_from.get(), position);
                 position = frame.hdr.lsn_to.get();
-                let raw = frame.payload().unwrap();
+                let raw = frame.payload().unwrap().into_owned();
                 for desc in frame.descs() {
                     let start = desc.payload_off.get() as usize;
                     apply(&mut target, desc, &raw[start..start + desc.payload_len() as usize]);

@@ -37,7 +37,8 @@ impl Base {
         let mut disks = Vec::new();
         for (i, size) in env.sizes.iter().enumerate() {
             let path = env.dir.join(meta.name(i));
-            let file = env.files.open(&path, Open::CreateNew).map_err(StoreError::io(&path))?;
+            env.files.open(&path, Open::CreateNew).map_err(StoreError::io(&path))?;
+            let file = env.files.open(&path, Open::Disk).map_err(StoreError::io(&path))?;
             file.set_len(size.next_multiple_of(BLOCK)).map_err(StoreError::io(&path))?;
             file.sync_data().map_err(StoreError::io(&path))?;
             disks.push(Image { path, file, clean_from: 0, dirty: false });
@@ -51,7 +52,7 @@ impl Base {
         let mut disks = Vec::new();
         for (i, size) in env.sizes.iter().enumerate() {
             let path = env.dir.join(meta.name(i));
-            let file = env.files.open(&path, Open::ReadWrite).map_err(StoreError::io(&path))?;
+            let file = env.files.open(&path, Open::Disk).map_err(StoreError::io(&path))?;
             let len = file.len().map_err(StoreError::io(&path))?;
             if len != size.next_multiple_of(BLOCK) {
                 return Err(StoreError::damaged(&path, format!("it has {len} bytes")));
@@ -71,7 +72,7 @@ impl Base {
         let image = &mut self.disks[usize::from(disk)];
         image.dirty = true;
         image.clean_from = image.clean_from.max(offset + data.len() as u64);
-        image.file.write_all_at(offset, data).map_err(StoreError::io(&image.path))
+        image.file.write_vectored_at(offset, &[data]).map_err(StoreError::io(&image.path))
     }
 
     /// Makes a range read as zeroes.

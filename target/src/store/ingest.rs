@@ -4,6 +4,8 @@
 //! whole sectors. The frame itself was checked by `replicator::frame` already.
 //! Nothing is decompressed here but the frame that carries a mark's tag.
 
+use std::borrow::Cow;
+
 use blockfilter::block::SECTOR;
 use blockfilter::journal::format::{REC_APP, RecDesc, RecOp};
 use blockfilter::names::Name;
@@ -92,7 +94,7 @@ pub(crate) fn check_range(desc: &RecDesc, sizes: &[u64]) -> Result<(), AppendErr
 }
 
 /// A frame's payload, uncompressed, with the CRC of every record checked.
-pub(crate) fn open_payload(frame: &FrameBuf) -> Result<Vec<u8>, FrameError> {
+pub(crate) fn open_payload(frame: &FrameBuf) -> Result<Cow<'_, [u8]>, FrameError> {
     let payload = frame.payload()?;
     for desc in frame.descs().iter().filter(|d| d.payload_len() > 0) {
         let bytes = record_payload(&payload, desc).ok_or(FrameError::Bad("payload range"))?;

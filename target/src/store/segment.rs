@@ -160,6 +160,8 @@ pub(crate) struct OpenSeg {
     file: Latched,
     /// End of the last whole epoch in the file.
     pub(crate) end: u64,
+    /// The bytes before it in its page.
+    tail: Vec<u8>,
     pub(crate) n_frames: u32,
     /// Exclusive end of the LSNs in it.
     pub(crate) lsn_to: u64,
@@ -194,7 +196,8 @@ impl OpenSeg {
         if env.files.exists(&path) {
             env.files.remove(&path).map_err(StoreError::io(&path))?;
         }
-        let raw = env.files.open(&path, Open::CreateNew).map_err(StoreError::io(&path))?;
+        env.files.open(&path, Open::CreateNew).map_err(StoreError::io(&path))?;
+        let raw = env.files.open(&path, Open::Disk).map_err(StoreError::io(&path))?;
         let hdr = SegHdr {
             group_id: env.group_id.into(),
             generation: meta.generation.into(),
@@ -227,6 +230,7 @@ impl OpenSeg {
             file: Latched::new(Arc::clone(&raw)),
             raw,
             end: PAGE,
+            tail: Vec::new(),
             n_frames: 0,
             lsn_to: meta.from,
             points: Vec::new(),
@@ -236,12 +240,20 @@ impl OpenSeg {
         }
     }
 
-    /// Writes frames behind the last epoch, with `sync` durably. On failure what
+    /// Writes frames behind the last epoch, with `sync` durably. Whole pages, so that a
+    /// large epoch can go past the page cache: the page that holds the end is written
+    /// again, with the same bytes and new ones behind them. On failure what
     /// was written is cut off as far as possible; a full disk marks the segment
     /// broken, nothing else may be tried on this file.
     pub(crate) fn write(&mut self, frames: &[FrameBuf], sync: bool) -> Result<(), StoreError> {
-        let parts: Vec<&[u8]> = frames.iter().map(|f| f.bytes.as_slice()).collect();
-        let written = self.file.write_vectored_at(self.end, &parts);
+        let bytes: u64 = frames.iter().map(|f| f.bytes.len() as u64).sum();
+        let end = self.end + bytes;
+        let pad = [0; PAGE as usize];
+        let pad = &pad[..(end.next_multiple_of(PAGE) - end) as usize];
+        let mut parts = vec![self.tail.as_slice()];
+        parts.extend(frames.iter().map(|f| f.bytes.as_slice()));
+        parts.push(pad);
+        let written = self.file.write_vectored_at(self.end / PAGE * PAGE, &parts);
         let done = written.and_then(|()| if sync { self.file.sync_data() } else { Ok(()) });
         if done.is_err() {
             self.broken = true;
@@ -254,7 +266,13 @@ impl OpenSeg {
     pub(crate) fn advance(&mut self, frames: &[FrameBuf], lsn_to: u64, indexed: &Indexed) {
         assert!(lsn_to >= self.lsn_to, "LSNs only grow");
         self.memtable.push(&indexed.entries, &indexed.wides);
-        self.end += frames.iter().map(|f| f.bytes.len() as u64).sum::<u64>();
+        for frame in frames {
+            let bytes = &frame.bytes;
+            self.end += bytes.len() as u64;
+            self.tail.extend_from_slice(&bytes[bytes.len().saturating_sub(PAGE as usize)..]);
+            let over = self.tail.len() - (self.end % PAGE) as usize;
+            self.tail.drain(..over);
+        }
         self.n_frames += frames.len() as u32;
         self.lsn_to = lsn_to;
     }
@@ -326,6 +344,7 @@ impl OpenSeg {
         let dir = env.seg_dir();
         env.files.sync_dir(&dir).map_err(StoreError::io(&dir))?;
         this.end = self.end;
+        this.tail.clone_from(&self.tail);
         this.n_frames = self.n_frames;
         this.lsn_to = self.lsn_to;
         this.points = self.points.clone();
@@ -355,7 +374,7 @@ pub(crate) fn recover(
     last_label: Option<u64>,
 ) -> Result<Recovered, StoreError> {
     let path = env.seg_dir().join(meta.name());
-    let raw = env.files.open(&path, Open::ReadWrite).map_err(StoreError::io(&path))?;
+    let raw = env.files.open(&path, Open::Disk).map_err(StoreError::io(&path))?;
     let mut head = [0; size_of::<SegHdr>()];
     raw.read_exact_at(0, &mut head).map_err(StoreError::io(&path))?;
     let hdr = SegHdr::check(&head).map_err(|e| StoreError::format(&path, e))?;

@@ -59,6 +59,10 @@ pub fn replicator(args: &GroupArgs, context: &Context) -> Outcome {
     let (group, paths) = agent::load_config(&context.dir, &args.group)?;
     let _role = agent::take_role(&paths, "replicator")?;
     let config = ReplicatorConfig { group, paths, agent_dir: context.dir.clone() };
+    // Production first: what a full processor delays is the copy, and status says by how much.
+    if let Err(error) = rustix::process::nice(NICE) {
+        tracing::warn!(%error, "the replicator runs at the priority of production");
+    }
     shipper::run(&config, &RealFiles, &context.clock, &stop).map_err(|error| {
         Failure::new(Exit::Failed, format!("the replicator of {} ended", args.group))
             .why(error.to_string())
@@ -127,3 +131,6 @@ fn stop_filter_on(stop: &Arc<AtomicBool>, paths: &GroupPaths) {
 }
 
 const STOP_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// Added to the replicator's nice value.
+const NICE: i32 = 10;
