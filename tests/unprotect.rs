@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use blockfilter::arena::Word;
 use e2e::nbd::Client;
 use e2e::process::kill_and_wait;
 use e2e::run::{require, tool};
@@ -90,6 +91,21 @@ fn a_journal_given_up_while_the_memory_is_there_loses_nothing() {
     let answer = site.at_agent(&["unprotect", "g", "--force"]).ok().json();
     assert_eq!(answer["abandoned"]["whole"], true, "{answer}");
     assert!(std::fs::read(&disk).unwrap()[..65536] == [9; 65536]);
+}
+
+/// Only the journal could write again what a failed sync of the disks dropped.
+#[test]
+fn a_journal_given_up_after_a_failed_sync_may_have_lost_something() {
+    let mut site = Site::start("unsynced");
+    let disk = image(&site, "d.img");
+    let uri = site.protect("g", &[("d", &disk)], &["--journal-size", "64MiB"]).remove(0);
+    site.wait_protected("g");
+    fill(&uri, 9);
+    damage(&mut site, false);
+    let arena = std::fs::OpenOptions::new().write(true).open(arena_of(&site)).unwrap();
+    arena.write_all_at(&1u64.to_le_bytes(), Word::Syncing as u64).unwrap();
+    let answer = site.at_agent(&["unprotect", "g", "--force"]).fails_with(3).json();
+    assert_eq!(answer["abandoned"]["whole"], false, "{answer}");
 }
 
 #[test]

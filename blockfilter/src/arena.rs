@@ -153,6 +153,17 @@ impl Arena {
         Ok(good.then_some(found))
     }
 
+    /// A word of the arena at `path`, if there is one of this boot.
+    pub fn peek(path: &Path, word: Word) -> io::Result<Option<u64>> {
+        if Self::identity(path)?.is_none() {
+            return Ok(None);
+        }
+        let mut bytes = [0; 8];
+        let file = std::fs::File::open(path)?;
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, word as u64)?;
+        Ok(Some(u64::from_le_bytes(bytes)))
+    }
+
     fn map(file: &std::fs::File, size: u64) -> io::Result<Self> {
         let len = (RING_AT + size) as usize;
         let map = MmapOptions::new().len(len).map_raw(&file.as_fd())?;
@@ -290,6 +301,7 @@ mod tests {
         drop(arena);
         let arena = Arena::open(&path, &hdr()).unwrap().unwrap();
         assert_eq!(arena.word(Word::Published), 69_632);
+        assert_eq!(Arena::peek(&path, Word::Published).unwrap(), None, "of no boot");
         arena.set_bounds(65_536, 69_632);
         assert_eq!(arena.bytes(69_000, 5), b"hello");
         let other = ArenaHdr { incarnation: 2.into(), ..hdr() };

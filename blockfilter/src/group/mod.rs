@@ -12,6 +12,7 @@ pub mod volume;
 
 use std::io;
 
+use crate::arena::{Arena, Word};
 use crate::config::{GroupConfig, GroupPaths};
 use crate::engine::real::RealFiles;
 use crate::journal::note;
@@ -39,17 +40,18 @@ pub fn run(config: &GroupConfig, paths: &GroupPaths, ready: impl FnOnce()) -> Re
 }
 
 /// As [`drain`], for a group whose journal cannot be used: notes that it must not be
-/// replayed and writes back what the arena holds. True if there was an arena: then
-/// all that was acknowledged is on the disks.
+/// replayed and writes back what the arena holds. True if there was an arena, and no
+/// sync of the disks failed or was cut off: then all that was acknowledged is on the disks.
 pub fn drain_without_journal(config: &GroupConfig, paths: &GroupPaths) -> Result<bool, RunError> {
     let marker = start::marker(paths);
     let before = note::read(&RealFiles, &marker)?;
+    let synced = Arena::peek(&config.arena_path(), Word::Syncing)? == Some(0);
     if before.is_none() {
         note::write(&RealFiles, &marker, 0)?;
     }
     drain(config, paths)?;
     // A start that found no arena noted the incarnation that it began.
-    Ok(note::read(&RealFiles, &marker)? == Some(before.unwrap_or(0)))
+    Ok(synced && note::read(&RealFiles, &marker)? == Some(before.unwrap_or(0)))
 }
 
 /// Writes everything back to the disks without serving them: they are plain
