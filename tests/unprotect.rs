@@ -93,6 +93,27 @@ fn a_journal_given_up_while_the_memory_is_there_loses_nothing() {
     assert!(std::fs::read(&disk).unwrap()[..65536] == [9; 65536]);
 }
 
+/// Giving a journal up is not begun before the disks can be written, and not forgotten.
+#[test]
+fn a_journal_is_given_up_only_when_the_disks_are_there() {
+    let mut site = Site::start("not-yet");
+    let disk = image(&site, "d.img");
+    let uri = site.protect("g", &[("d", &disk)], &["--journal-size", "64MiB"]).remove(0);
+    site.wait_protected("g");
+    fill(&uri, 9);
+    let journal = journal_of(&site);
+    damage(&mut site, true);
+    // Its file system is not mounted, say.
+    std::fs::rename(&journal, site.path("elsewhere")).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(&disk).unwrap();
+    file.set_len(MIB).unwrap();
+    site.at_agent(&["unprotect", "g", "--force"]).fails_with(1);
+    assert!(!site.agent_dir().join("groups/g/unjournaled").exists(), "it may still be replayed");
+    file.set_len(4 * MIB).unwrap();
+    std::fs::rename(site.path("elsewhere"), &journal).unwrap();
+    site.at_agent(&["unprotect", "g", "--force"]).fails_with(3);
+}
+
 /// Only the journal could write again what a failed sync of the disks dropped.
 #[test]
 fn a_journal_given_up_after_a_failed_sync_may_have_lost_something() {

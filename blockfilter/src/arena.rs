@@ -78,8 +78,8 @@ pub enum Word {
     AppliedCrc = 96,
     /// The target holds everything below, as last told: decides which slots are free.
     ShipFloor = 104,
-    /// Not 0 while a sync of the disks runs, and for ever once one failed: what was
-    /// written since the checkpoint may be gone, and only writing it again helps.
+    /// Syncs of the disks that run, failed or were cut off. Not 0: what was written
+    /// since the checkpoint may be gone, and only writing it again helps.
     Syncing = 112,
 }
 
@@ -183,6 +183,11 @@ impl Arena {
     /// Publishes a position: all bytes written before are visible to whoever reads it.
     pub fn set_word(&self, word: Word, value: u64) {
         self.atomic(word).store(value, Ordering::Release);
+    }
+
+    /// Adds to a word that several threads count in.
+    pub fn add_word(&self, word: Word, by: i64) {
+        self.atomic(word).fetch_add(by as u64, Ordering::AcqRel);
     }
 
     /// Sets where writing starts: bytes in `[floor, head)` are frozen from now on.

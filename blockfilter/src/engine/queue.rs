@@ -178,42 +178,53 @@ impl Target {
 
     fn apply(&self, disks: &[(u8, Vec<ApplyOp>)]) -> Result<(), (u8, io::Error)> {
         for (index, ops) in disks {
-            let disk = &self.disks[usize::from(*index)];
-            self.dirty[usize::from(*index)].store(true, Ordering::Release);
-            for op in ops {
-                let result = match op {
-                    ApplyOp::Write { offset, parts } => {
-                        let slices: Vec<&[u8]> =
-                            parts.iter().map(|(pos, len)| self.arena.bytes(*pos, *len)).collect();
-                        disk.write_vectored_at(*offset, &slices)
-                    }
-                    ApplyOp::Zero { offset, len, no_hole } => {
-                        let done = disk.punch(*offset, *len);
-                        if *no_hole {
-                            done.and_then(|()| match disk.allocate(*offset, *len) {
-                                // It reads as zeroes; more this file system cannot do.
-                                Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(()),
-                                other => other,
-                            })
-                        } else {
-                            done
-                        }
-                    }
-                };
-                result.map_err(|e| (*index, e))?;
+            let dirty = &self.dirty[usize::from(*index)];
+            dirty.store(true, Ordering::Release);
+            let done = ops.iter().try_for_each(|op| self.apply_one(*index, op));
+            // Again: a sync that ran meanwhile took the mark, and may have missed the rest (I6).
+            dirty.store(true, Ordering::Release);
+            done.map_err(|e| (*index, e))?;
+        }
+        Ok(())
+    }
+
+    fn apply_one(&self, index: u8, op: &ApplyOp) -> io::Result<()> {
+        let disk = &self.disks[usize::from(index)];
+        match op {
+            ApplyOp::Write { offset, parts } => {
+                let slices: Vec<&[u8]> =
+                    parts.iter().map(|(pos, len)| self.arena.bytes(*pos, *len)).collect();
+                disk.write_vectored_at(*offset, &slices)
+            }
+            ApplyOp::Zero { offset, len, no_hole } => {
+                disk.punch(*offset, *len)?;
+                if !*no_hole {
+                    return Ok(());
+                }
+                match disk.allocate(*offset, *len) {
+                    // It reads as zeroes; more this file system cannot do.
+                    Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(()),
+                    other => other,
+                }
+            }
+        }
+    }
+
+    fn sync_disks(&self) -> Result<(), (u8, io::Error)> {
+        for (index, dirty) in self.dirty.iter().enumerate() {
+            if dirty.swap(false, Ordering::AcqRel) {
+                self.sync_disk(index).map_err(|e| (index as u8, e))?;
             }
         }
         Ok(())
     }
 
-    fn sync_disks(&self) -> Result<(), (u8, io::Error)> {
-        self.arena.set_word(Word::Syncing, 1);
-        for (index, dirty) in self.dirty.iter().enumerate() {
-            if dirty.swap(false, Ordering::AcqRel) {
-                self.disks[index].sync_data().map_err(|e| (index as u8, e))?;
-            }
-        }
-        self.arena.set_word(Word::Syncing, 0);
+    /// Syncs a disk, counted in the arena while it runs: an error is told only once, so one
+    /// that failed or was cut off stays counted.
+    fn sync_disk(&self, index: usize) -> io::Result<()> {
+        self.arena.add_word(Word::Syncing, 1);
+        self.disks[index].sync_data()?;
+        self.arena.add_word(Word::Syncing, -1);
         Ok(())
     }
 
@@ -230,7 +241,7 @@ impl Target {
             let data = |len| vec![Extent { len, hole: false, zero: false }];
             return Ok(ranges.iter().map(|(_, len)| data(*len)).collect());
         }
-        file.sync_data()?;
+        self.sync_disk(usize::from(disk))?;
         ranges.iter().map(|(offset, len)| file_extents(file.as_ref(), *offset, *len)).collect()
     }
 }
@@ -265,10 +276,14 @@ enum Lane {
 
 fn lane_of(op: &Op) -> Lane {
     match op {
-        Op::JournalWrite { .. } | Op::JournalSync | Op::JournalCommit { .. } => Lane::Journal,
+        Op::JournalWrite { .. }
+        | Op::JournalSync
+        | Op::JournalCommit { .. }
+        | Op::WriteSuper(_) => Lane::Journal,
         Op::Apply(_) => Lane::Disks,
-        // Beside the apply: a sync may take seconds, and the arena must not fill up behind it.
-        Op::SyncDisks | Op::WriteSuper(_) | Op::MarkUnjournaled(_) => Lane::Syncs,
+        // Beside the others: a sync of the disks may take seconds. The arena must not fill up
+        // behind it, nor a freeze wait for it.
+        Op::SyncDisks | Op::MarkUnjournaled(_) => Lane::Syncs,
         Op::Read { .. } | Op::Extents { .. } => Lane::Reads,
     }
 }
@@ -411,3 +426,119 @@ fn reset(event: &OwnedFd) {
 
 /// Operations waiting in a lane; reads are bounded by the connections' limits.
 const LANE_MAX: usize = 1 << 16;
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+    use crate::arena::{ARENA_MAGIC, ArenaHdr};
+    use crate::engine::Open;
+    use crate::engine::record::SimFiles;
+
+    /// A disk whose second write waits until told, and that counts its syncs.
+    #[derive(Debug)]
+    struct Slow {
+        inner: Arc<dyn File>,
+        begun: Sender<()>,
+        go: Receiver<()>,
+        syncs: AtomicUsize,
+        broken: AtomicBool,
+    }
+
+    impl File for Slow {
+        fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+            self.inner.read_exact_at(offset, buf)
+        }
+        fn write_all_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+            if offset > 0 {
+                self.begun.send(()).unwrap();
+                self.go.recv().unwrap();
+            }
+            self.inner.write_all_at(offset, data)
+        }
+        fn sync_data(&self) -> io::Result<()> {
+            self.syncs.fetch_add(1, Ordering::SeqCst);
+            match self.broken.load(Ordering::SeqCst) {
+                true => Err(io::Error::other("broken")),
+                false => self.inner.sync_data(),
+            }
+        }
+        fn len(&self) -> io::Result<u64> {
+            self.inner.len()
+        }
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.inner.set_len(len)
+        }
+        fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
+            self.inner.allocate(offset, len)
+        }
+        fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+            self.inner.punch(offset, len)
+        }
+        fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+            self.inner.next_data(offset)
+        }
+        fn fd(&self) -> Option<BorrowedFd<'_>> {
+            None
+        }
+    }
+
+    fn target(dir: &Path) -> (Arc<Target>, Arc<Slow>, Receiver<()>, Sender<()>) {
+        let files = SimFiles::new();
+        let inner = files.open(Path::new("/d"), Open::CreateNew).unwrap();
+        inner.set_len(1 << 20).unwrap();
+        let ((begun, has_begun), (tell, go)) = (bounded(1), bounded(1));
+        let (syncs, broken) = Default::default();
+        let slow = Arc::new(Slow { inner, begun, go, syncs, broken });
+        let size = 65536.into();
+        let hdr = ArenaHdr { magic: ARENA_MAGIC, version: 1.into(), size, ..Default::default() };
+        let arena = Arena::create(&dir.join("arena"), &hdr).unwrap();
+        arena.set_bounds(0, 0);
+        arena.fill(0, &[7; 8192]);
+        arena.advance_head(8192);
+        let target = Target {
+            journal: files.open(Path::new("/j"), Open::CreateNew).unwrap(),
+            disks: vec![slow.clone()],
+            holes: vec![true],
+            dirty: vec![false.into()],
+            arena: Arc::new(arena),
+            files: Arc::new(files),
+            marker: "/unjournaled".into(),
+        };
+        (Arc::new(target), slow, has_begun, tell)
+    }
+
+    /// I6: what is written while a sync runs is not taken for synced by it.
+    #[test]
+    fn a_sync_in_the_midst_of_an_apply_does_not_count_for_its_rest() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, slow, has_begun, tell) = target(dir.path());
+        let write = |offset| ApplyOp::Write { offset, parts: vec![(0, 4096)] };
+        let apply = Op::Apply(vec![(0, vec![write(0), write(8192)])]);
+        std::thread::scope(|scope| {
+            let applying = scope.spawn(|| target.execute(apply));
+            has_begun.recv().unwrap();
+            assert!(matches!(target.execute(Op::SyncDisks), Done::SyncDisks(Ok(()))));
+            tell.send(()).unwrap();
+            assert!(matches!(applying.join().unwrap(), Done::Apply(Ok(()))));
+        });
+        assert!(matches!(target.execute(Op::SyncDisks), Done::SyncDisks(Ok(()))));
+        assert_eq!(slow.syncs.load(Ordering::SeqCst), 2);
+        assert_eq!(target.arena.word(Word::Syncing), 0);
+    }
+
+    /// Whoever is told of a failed sync, the next start must know.
+    #[test]
+    fn a_sync_that_failed_in_a_query_of_holes_stays_noted() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, slow, ..) = target(dir.path());
+        slow.broken.store(true, Ordering::SeqCst);
+        let query = Op::Extents { token: 1, disk: 0, ranges: vec![(0, 4096)] };
+        assert!(matches!(target.execute(query), Done::Extents { result: Err(_), .. }));
+        slow.broken.store(false, Ordering::SeqCst);
+        assert!(matches!(target.execute(Op::SyncDisks), Done::SyncDisks(Ok(()))));
+        assert_ne!(target.arena.word(Word::Syncing), 0);
+    }
+}

@@ -328,6 +328,11 @@ impl Filter {
         !self.waiters.is_empty()
     }
 
+    /// Somebody waits for the commit, and nothing else of the journal is being synced.
+    pub fn commits_at_once(&self) -> bool {
+        self.has_waiters() && self.writing_sup.is_none()
+    }
+
     /// Tokens whose wait is over; false: what they wait for can never be promised.
     pub fn poll_waiter(&mut self) -> Option<(u64, bool)> {
         let (pos, token) = *self.waiters.front()?;

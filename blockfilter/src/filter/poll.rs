@@ -31,6 +31,9 @@ impl Filter {
         if self.promises_nothing() {
             return None;
         }
+        if self.mode == Mode::Unjournaled {
+            return self.timeout_unjournaled();
+        }
         let unsealed = !self.open.descs.is_empty() || !self.segments.is_empty();
         if unsealed && self.commit.is_none() {
             at(self.open.since + COMMIT_AFTER);
@@ -45,6 +48,24 @@ impl Filter {
             at(self.checkpoint_due());
         }
         due
+    }
+
+    /// The same without a journal. What runs wakes the caller when it is done.
+    fn timeout_unjournaled(&self) -> Option<u64> {
+        if self.failed.contains(&true) || self.apply.is_some() || self.syncing.is_some() {
+            return None;
+        }
+        match self.marker {
+            Marker::Applying => return Some(self.retry_apply_at),
+            Marker::Due => return Some(self.retry_marker_at),
+            Marker::Syncing | Marker::Running => return None,
+            Marker::NotNeeded | Marker::Done => {}
+        }
+        let unsealed = (!self.open.descs.is_empty()).then_some(self.open.since + COMMIT_AFTER);
+        let apply = (self.apply_limit() > self.applied)
+            .then_some((self.applied_at + APPLY_AFTER).max(self.retry_apply_at));
+        let sync = (self.applied > self.durable).then_some(self.checkpoint_at + CHECKPOINT_AFTER);
+        [unsealed, apply, sync].into_iter().flatten().min()
     }
 
     /// What may be applied now ends here (I3).
@@ -69,11 +90,12 @@ impl Filter {
     fn checkpoint_due(&self) -> u64 {
         let quiet = self.apply_limit() <= self.applied && self.apply.is_none();
         let scarce = self.slots.free() <= self.slots.reserve();
-        match self.mode {
-            _ if quiet => self.checkpoint_at.max(self.applied_at) + CHECKPOINT_AFTER,
-            Mode::Unjournaled => self.checkpoint_at + CHECKPOINT_AFTER,
-            _ if scarce => self.checkpoint_at + CHECKPOINT_AFTER,
-            _ => self.checkpoint_at + CHECKPOINT_AFTER_BUSY,
+        if quiet {
+            self.checkpoint_at.max(self.applied_at) + CHECKPOINT_AFTER
+        } else if scarce {
+            self.checkpoint_at + CHECKPOINT_AFTER
+        } else {
+            self.checkpoint_at + CHECKPOINT_AFTER_BUSY
         }
     }
 

@@ -39,6 +39,11 @@ pub fn run(config: &GroupConfig, paths: &GroupPaths, ready: impl FnOnce()) -> Re
     Ok(server.run()?)
 }
 
+/// Whether the disks can be opened, locked, and are as long as they were.
+pub fn check_disks(config: &GroupConfig) -> Result<(), RunError> {
+    Ok(start::try_disks(config)?)
+}
+
 /// As [`drain`], for a group whose journal cannot be used: notes that it must not be
 /// replayed and writes back what the arena holds. True if there was an arena, and no
 /// sync of the disks failed or was cut off: then all that was acknowledged is on the disks.

@@ -142,8 +142,7 @@ impl Server {
                     NBD | CONTROL => self.accept(event.data.u64(), now),
                     id => {
                         touched.push(id);
-                        self.alone.saw(id, now);
-                        self.ready(id, now);
+                        self.ready(id, event.flags, now);
                     }
                 }
             }
@@ -272,8 +271,15 @@ impl Server {
         !ready.is_empty()
     }
 
-    fn ready(&mut self, id: u64, now: u64) {
-        if self.conns.contains_key(&id) {
+    fn ready(&mut self, id: u64, flags: epoll::EventFlags, now: u64) {
+        if let Some((_, interest)) = self.conns.get(&id) {
+            self.alone.saw(id, now);
+            let reads = interest & epoll::EventFlags::IN.bits() != 0;
+            if !reads && flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::ERR) {
+                // Nobody waits for the answer; what is not admitted never happens (I12).
+                self.close(id);
+                return;
+            }
             self.progress(id, now);
             return;
         }

@@ -106,11 +106,7 @@ pub fn open(config: &GroupConfig, paths: &GroupPaths) -> Result<Volume, StartErr
         }
         other => other?,
     };
-    let mut disks = Vec::new();
-    for disk in &config.disks {
-        let how = if apart(&config.journal, &disk.path) { Open::Disk } else { Open::ReadWrite };
-        disks.push(open_locked(files.as_ref(), &disk.path, how)?);
-    }
+    let disks = open_disks(config, files.as_ref())?;
     let parts = recover(config, files, journal, disks, marker, clock.mono_us())?;
     let engine = choose_engine(&parts.target)?;
     Ok(Volume::new(
@@ -227,6 +223,7 @@ pub fn recover(
             Ok(Some(start)) => {
                 if arena.word(Word::Syncing) != 0 && !dead {
                     write_again(config, &journal, start.applied, &make)?;
+                    arena.set_word(Word::Syncing, 0);
                 }
                 let overlays = overlays_of(&start, config.disks.len());
                 let filter = Filter::new(filter_config, start, now);
@@ -253,6 +250,20 @@ pub fn recover(
 
 fn latched(disk: &Arc<dyn File>) -> Arc<dyn File> {
     Arc::new(Latched::retried_when_full(disk.clone()))
+}
+
+fn open_disks(config: &GroupConfig, files: &dyn Files) -> Result<Vec<Arc<dyn File>>, StartError> {
+    let mut disks = Vec::new();
+    for disk in &config.disks {
+        let how = if apart(&config.journal, &disk.path) { Open::Disk } else { Open::ReadWrite };
+        disks.push(open_locked(files, &disk.path, how)?);
+    }
+    Ok(disks)
+}
+
+/// See [`super::check_disks`].
+pub(super) fn try_disks(config: &GroupConfig) -> Result<(), StartError> {
+    check_disks(config, &open_disks(config, &RealFiles)?).map(drop)
 }
 
 /// The disks must be as long as they were when they were protected.

@@ -434,7 +434,7 @@ impl Volume {
             Action::JournalCommit { at, pos, len } => {
                 let op = Op::JournalCommit { at, pos, len };
                 if self.alone
-                    && self.filter.has_waiters()
+                    && self.filter.commits_at_once()
                     && self.clock.mono_us() >= self.not_here_until
                 {
                     self.commit_here(op);

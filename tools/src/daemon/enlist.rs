@@ -250,6 +250,16 @@ pub fn drain(
     let _held = RoleLock::take(&lock)
         .map_err(|error| Failure::coded(Exit::Busy, 16, what.clone()).why(error.to_string()))?;
     let error = match blockfilter::group::drain(config, paths) {
+        // A journal that was given up by an unprotect that did not come to its end.
+        Ok(()) if kept_journal(config, paths).exists() => {
+            return Ok(Some(Abandoned {
+                why: "the journal was given up before".to_owned(),
+                whole: false,
+                checkpoint: None,
+                at_most_bytes: None,
+                kept: Some(kept_journal(config, paths)),
+            }));
+        }
         Ok(()) => return Ok(None),
         Err(error) => error,
     };
@@ -266,32 +276,43 @@ pub fn drain(
     Err(Failure::coded(exit, 23, what).why(error.to_string()).hint(hint))
 }
 
-/// Drains without the journal, which is kept under another name.
-fn abandon(config: &GroupConfig, paths: &GroupPaths, error: &RunError) -> Outcome<Abandoned> {
-    let span = journal_span(config);
-    let whole = blockfilter::group::drain_without_journal(config, paths).map_err(|e| {
-        let what = format!("cannot end group {} without its journal", config.group);
-        Failure::coded(Exit::Failed, 24, what).why(e.to_string())
-    })?;
+/// Where a journal that is given up is kept.
+fn kept_journal(config: &GroupConfig, paths: &GroupPaths) -> PathBuf {
     let inside = config.journal.starts_with(paths.dir());
     let folder = if inside { paths.dir().ancestors().nth(2) } else { config.journal.parent() };
-    let kept = folder.unwrap_or(Path::new("/")).join(format!(
-        "{}-{}.abandoned",
-        config.group,
-        config.uuid.simple()
-    ));
-    let kept = match std::fs::rename(&config.journal, &kept) {
-        Ok(()) => Some(kept),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+    let name = format!("{}-{}.abandoned", config.group, config.uuid.simple());
+    folder.unwrap_or(Path::new("/")).join(name)
+}
+
+/// Drains without the journal, which is first put under another name: from then on
+/// nothing that fails can make it vanish, and another unprotect sees that it is kept.
+fn abandon(config: &GroupConfig, paths: &GroupPaths, error: &RunError) -> Outcome<Abandoned> {
+    let what = format!("cannot end group {} without its journal", config.group);
+    blockfilter::group::check_disks(config).map_err(|e| {
+        Failure::coded(Exit::Failed, 24, what.clone())
+            .why(e.to_string())
+            .hint("nothing was changed; free the disks and try again")
+    })?;
+    let span = journal_span(config);
+    let kept = kept_journal(config, paths);
+    match std::fs::rename(&config.journal, &kept) {
+        Ok(()) => sync_parent(&kept).failed("cannot set the journal aside")?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(Failure::io("cannot set the journal aside", &error)),
-    };
+    }
+    let whole = blockfilter::group::drain_without_journal(config, paths)
+        .map_err(|e| Failure::coded(Exit::Failed, 24, what).why(e.to_string()))?;
     Ok(Abandoned {
         why: error.to_string(),
         whole,
         checkpoint: span.map(|(checkpoint, _)| checkpoint),
         at_most_bytes: span.map(|(_, bytes)| bytes),
-        kept,
+        kept: kept.exists().then_some(kept),
     })
+}
+
+fn sync_parent(path: &Path) -> io::Result<()> {
+    path.parent().map_or(Ok(()), |dir| RealFiles.sync_dir(dir))
 }
 
 /// The journal's checkpoint, and how much may be in it from there on.
