@@ -123,18 +123,26 @@ fn run(args: &Args) -> Result<bool> {
     let work = tempfile::Builder::new().prefix("bench.").tempdir_in(&base)?;
     let mut report = Report::new(&options, &base);
     let mut runner = Runner::new(options, work.path(), &names)?;
-    for cell in cells::CELLS.iter().filter(|cell| names.contains(&cell.name)) {
-        runner.cell(cell, &mut report)?;
-    }
-    for name in special::NAMES.iter().filter(|name| names.contains(name)) {
-        special::run(name, &mut runner, &mut report)?;
-    }
+    let measured = measure(&names, &mut runner, &mut report);
     drop(runner);
+    if let Err(error) = &measured {
+        eprintln!("bench: {error:#}; what was measured until then follows");
+    }
     report.ratios();
     print!("{}", report.text());
     let json = args.out.join("results.json");
     std::fs::write(&json, serde_json::to_vec_pretty(&report)?).context("results.json")?;
     std::fs::write(args.out.join("ratios.svg"), svg::draw(&report)).context("ratios.svg")?;
     println!("\nwritten: {}, ratios.svg", json.display());
-    Ok(report.complete())
+    Ok(report.complete() && measured.is_ok())
+}
+
+fn measure(names: &[&str], runner: &mut Runner, report: &mut Report) -> Result<()> {
+    for cell in cells::CELLS.iter().filter(|cell| names.contains(&cell.name)) {
+        runner.cell(cell, report)?;
+    }
+    for name in special::NAMES.iter().filter(|name| names.contains(name)) {
+        special::run(name, runner, report)?;
+    }
+    Ok(())
 }
