@@ -30,6 +30,16 @@ fn fill(uri: &str, byte: u8) {
     client.write(0, &[byte; 65536], true).unwrap();
 }
 
+/// A site whose group `g` is in sync and begins with `byte`, and its disk's image.
+fn protected(name: &str, byte: u8) -> (Site, PathBuf) {
+    let site = Site::start(name);
+    let disk = image(&site, "d.img");
+    let uri = site.protect("g", &[("d", &disk)], &["--journal-size", "64MiB"]).remove(0);
+    site.wait_protected("g");
+    fill(&uri, byte);
+    (site, disk)
+}
+
 fn journal_of(site: &Site) -> PathBuf {
     site.agent_dir().join("groups/g/journal")
 }
@@ -59,11 +69,7 @@ fn damage(site: &mut Site, lose_memory: bool) {
 
 #[test]
 fn a_group_that_cannot_be_unprotected_stays_watched_and_force_gives_the_journal_up() {
-    let mut site = Site::start("abandon");
-    let disk = image(&site, "d.img");
-    let uri = site.protect("g", &[("d", &disk)], &["--journal-size", "64MiB"]).remove(0);
-    site.wait_protected("g");
-    fill(&uri, 7);
+    let (mut site, _) = protected("abandon", 7);
     damage(&mut site, true);
     let error = site.at_agent(&["unprotect", "g"]).fails_with(5).json_error().to_string();
     assert!(error.contains("--force"), "{error}");
@@ -82,11 +88,7 @@ fn a_group_that_cannot_be_unprotected_stays_watched_and_force_gives_the_journal_
 
 #[test]
 fn a_journal_given_up_while_the_memory_is_there_loses_nothing() {
-    let mut site = Site::start("whole");
-    let disk = image(&site, "d.img");
-    let uri = site.protect("g", &[("d", &disk)], &["--journal-size", "64MiB"]).remove(0);
-    site.wait_protected("g");
-    fill(&uri, 9);
+    let (mut site, disk) = protected("whole", 9);
     damage(&mut site, false);
     let answer = site.at_agent(&["unprotect", "g", "--force"]).ok().json();
     assert_eq!(answer["abandoned"]["whole"], true, "{answer}");
@@ -96,11 +98,7 @@ fn a_journal_given_up_while_the_memory_is_there_loses_nothing() {
 /// Giving a journal up is not begun before the disks can be written, and not forgotten.
 #[test]
 fn a_journal_is_given_up_only_when_the_disks_are_there() {
-    let mut site = Site::start("not-yet");
-    let disk = image(&site, "d.img");
-    let uri = site.protect("g", &[("d", &disk)], &["--journal-size", "64MiB"]).remove(0);
-    site.wait_protected("g");
-    fill(&uri, 9);
+    let (mut site, disk) = protected("not-yet", 9);
     let journal = journal_of(&site);
     damage(&mut site, true);
     // Its file system is not mounted, say.
@@ -117,11 +115,7 @@ fn a_journal_is_given_up_only_when_the_disks_are_there() {
 /// Only the journal could write again what a failed sync of the disks dropped.
 #[test]
 fn a_journal_given_up_after_a_failed_sync_may_have_lost_something() {
-    let mut site = Site::start("unsynced");
-    let disk = image(&site, "d.img");
-    let uri = site.protect("g", &[("d", &disk)], &["--journal-size", "64MiB"]).remove(0);
-    site.wait_protected("g");
-    fill(&uri, 9);
+    let (mut site, _) = protected("unsynced", 9);
     damage(&mut site, false);
     let arena = std::fs::OpenOptions::new().write(true).open(arena_of(&site)).unwrap();
     arena.write_all_at(&1u64.to_le_bytes(), Word::Syncing as u64).unwrap();

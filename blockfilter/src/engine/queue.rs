@@ -431,11 +431,14 @@ const LANE_MAX: usize = 1 << 16;
 mod tests {
     use std::path::Path;
     use std::sync::atomic::AtomicUsize;
+    use std::time::Duration;
 
     use super::*;
     use crate::arena::{ARENA_MAGIC, ArenaHdr};
     use crate::engine::Open;
     use crate::engine::record::SimFiles;
+
+    const LONG: Duration = Duration::from_secs(60);
 
     /// A disk whose second write waits until told, and that counts its syncs.
     #[derive(Debug)]
@@ -454,7 +457,7 @@ mod tests {
         fn write_all_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
             if offset > 0 {
                 self.begun.send(()).unwrap();
-                self.go.recv().unwrap();
+                self.go.recv_timeout(LONG).unwrap();
             }
             self.inner.write_all_at(offset, data)
         }
@@ -519,7 +522,7 @@ mod tests {
         let apply = Op::Apply(vec![(0, vec![write(0), write(8192)])]);
         std::thread::scope(|scope| {
             let applying = scope.spawn(|| target.execute(apply));
-            has_begun.recv().unwrap();
+            has_begun.recv_timeout(LONG).unwrap();
             assert!(matches!(target.execute(Op::SyncDisks), Done::SyncDisks(Ok(()))));
             tell.send(()).unwrap();
             assert!(matches!(applying.join().unwrap(), Done::Apply(Ok(()))));

@@ -121,7 +121,7 @@ impl Filter {
             self.commit = Some(Commit { end, writes, begun: false, in_flight: 0, sync: Step::Due });
         }
         let commit = self.commit.as_mut()?;
-        let alone = commit.writes.len() == 1 && commit.in_flight == 0 && !commit.begun;
+        let alone = commit.writes.len() == 1 && !commit.begun;
         if let Some(Segment { pos, len }) = commit.writes.pop() {
             let at = self.slots.file_offset(pos).expect("I5: its chunk has a slot");
             // A synchronous write promises only its own bytes.

@@ -77,8 +77,7 @@ impl Out {
     pub fn add(&mut self, add: impl FnOnce(&mut Vec<u8>)) {
         let fresh = self.closed || self.pieces.back().is_none_or(|p| p.len() >= SMALL);
         if fresh {
-            let mut piece = self.buffers.take(0);
-            piece.clear();
+            let piece = self.buffers.take(0);
             self.pieces.push_back(piece);
             self.closed = false;
         }
