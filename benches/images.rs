@@ -5,6 +5,7 @@ use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
+use rustix::fs::Advice;
 
 /// What an image holds.
 #[derive(Clone, Copy, Debug)]
@@ -40,9 +41,26 @@ pub(crate) fn make(path: &Path, mib: u64, content: Content) -> Result<()> {
     Ok(())
 }
 
-/// Reads a file once, so that it is in the page cache.
-pub(crate) fn read_once(path: &Path) -> Result<()> {
-    let mut file = File::open(path)?;
+/// In what pieces the page cache holds an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Folios {
+    /// Single pages, as small reads and writes leave it.
+    Small,
+    /// As large reads and writes leave it.
+    Large,
+}
+
+/// Puts what is dirty on the device, and the whole file into the page cache anew.
+/// ext4 looks at every page of a large folio when one is written: without this, a server
+/// with a page cache is several times slower or quicker by what was done before.
+pub(crate) fn cache(path: &Path, folios: Folios) -> Result<()> {
+    let mut file = File::options().read(true).write(true).open(path)?;
+    file.sync_all()?;
+    rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
+    if folios == Folios::Small {
+        // Without read-ahead the kernel takes single pages.
+        rustix::fs::fadvise(&file, 0, None, Advice::Random)?;
+    }
     let mut block = vec![0; 1 << 20];
     while file.read(&mut block)? > 0 {}
     Ok(())

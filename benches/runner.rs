@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::Options;
 use crate::cells::{CELLS, Cell, Subject, Unit, has_goal};
-use crate::images::{self, Content};
+use crate::images::{self, Content, Folios};
 use crate::peers::{self, Files, Running};
 use crate::report::{Report, Row, Sample};
 use crate::site::{Plan, Site};
@@ -97,11 +97,13 @@ impl Runner {
         let seconds = self.options.seconds.min(cell.seconds_max);
         let warm = self.options.warm;
         let need = need(cell, &self.options);
+        let folios = if cell.unit == Unit::Iops { Folios::Small } else { Folios::Large };
         if !subject.is_site() {
-            let running = self.start_peer(subject)?;
+            let running = self.start_peer(subject, folios)?;
             return measure(cell, &running.target, &running.roles, &load, warm, seconds);
         }
         let site = self.site(subject, need)?;
+        images::cache(site.image(), folios)?;
         let target = peers::nbd_target(&site.uri);
         let mut sample = measure(cell, &target, &site.roles()?, &load, warm, seconds)?;
         (sample.backlog_bytes, sample.drain_seconds) = site.quiesce()?;
@@ -111,11 +113,15 @@ impl Runner {
     }
 
     /// A peer on the plain image, everything that was dirty on the device.
-    pub(crate) fn start_peer(&mut self, subject: Subject) -> Result<Running> {
+    pub(crate) fn start_peer(&mut self, subject: Subject, folios: Folios) -> Result<Running> {
         let image = self.image("plain.img")?;
         let mirrors = matches!(subject, Subject::MirrorBlocking | Subject::MirrorBackground);
         let mirror = if mirrors { self.image("mirror.img")? } else { PathBuf::new() };
         sys::sync_fs(&self.folder)?;
+        images::cache(&image, folios)?;
+        if mirrors {
+            images::cache(&mirror, folios)?;
+        }
         let size = self.options.size_mib << 20;
         let files = Files { folder: &self.folder, image: &image, mirror: &mirror, size };
         peers::start(subject, &files)
@@ -154,7 +160,6 @@ impl Runner {
         if subject != Subject::Replicating {
             site.stop_target();
         }
-        images::read_once(&image)?;
         sys::sync_fs(&self.folder)?;
         Ok(site)
     }
@@ -186,7 +191,6 @@ impl Runner {
         let path = self.folder.join(name);
         if !path.exists() {
             images::make(&path, self.options.size_mib, Content::Full)?;
-            images::read_once(&path)?;
         }
         Ok(path)
     }

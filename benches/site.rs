@@ -195,6 +195,11 @@ impl Site {
         Ok((bytes("used_bytes")?, bytes("capacity_bytes")?))
     }
 
+    /// The disk's image.
+    pub(crate) fn image(&self) -> &Path {
+        &self.plan.image
+    }
+
     /// Waits until everything written is on the disk's image and, while replicating, at
     /// the target: the backlog at the start and the seconds it took.
     pub(crate) fn quiesce(&self) -> Result<(f64, f64)> {

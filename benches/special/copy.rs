@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::images::{self, Content};
+use crate::images::{self, Content, Folios};
 use crate::peers::{nbdkit_file, serve};
 use crate::report::Figure;
 use crate::runner::Runner;
@@ -24,13 +24,13 @@ pub(super) fn seed(cell: &'static str, runner: &mut Runner) -> Result<Vec<Figure
     let folder = runner.new_folder()?;
     let image = folder.join("source.img");
     images::make(&image, mib, Content::HalfHoles)?;
-    images::read_once(&image)?;
     let data = (mib / 2) as f64;
     let (mut ours, mut protects) = (Vec::new(), Vec::new());
     let mut theirs: Vec<Vec<f64>> = COPIERS.iter().map(|_| Vec::new()).collect();
     for _ in 0..runner.options.reps {
         sys::check_stop()?;
         sys::sync_fs(&folder)?;
+        images::cache(&image, Folios::Large)?;
         let (journal_bytes, journal) = (JOURNAL, None);
         let own = runner.new_folder()?;
         let site = Site::start(Plan { folder: own, image: image.clone(), journal_bytes, journal })?;
@@ -42,6 +42,7 @@ pub(super) fn seed(cell: &'static str, runner: &mut Runner) -> Result<Vec<Figure
                 continue;
             }
             sys::sync_fs(&folder)?;
+            images::cache(&image, Folios::Large)?;
             let to = folder.join("copy.img");
             File::create(&to)?.set_len(mib << 20)?;
             let start = sys::now_us();

@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result};
 
 use crate::cells::Subject;
 use crate::fio;
+use crate::images::{self, Folios};
 use crate::peers::nbd_target;
 use crate::report::{Figure, Report};
 use crate::runner::Runner;
@@ -25,7 +26,7 @@ pub(super) fn run(cell: &'static str, runner: &mut Runner, report: &Report) -> R
         Some(iops) => iops,
         None => {
             let load = ["--rw=randwrite", "--bs=4k", "--iodepth=16"].map(String::from);
-            let running = runner.start_peer(peer)?;
+            let running = runner.start_peer(peer, Folios::Small)?;
             fio::run(&running.target, &load, Some(runner.options.seconds))?.iops
         }
     };
@@ -38,12 +39,13 @@ pub(super) fn run(cell: &'static str, runner: &mut Runner, report: &Report) -> R
     for _ in 0..runner.options.reps {
         sys::check_stop()?;
         runner.site(Subject::Replicating, writes * seconds * 8192)?;
-        let running = runner.start_peer(peer)?;
+        let running = runner.start_peer(peer, Folios::Small)?;
         // Asked during the peer's run too, so that both bear the cost of asking.
         let site = runner.made_site(Subject::Replicating)?;
         theirs.push(sampled(site, || fio::run(&running.target, &load, Some(seconds)))?.0);
         drop(running);
         sys::sync_fs(runner.folder())?;
+        images::cache(site.image(), Folios::Small)?;
         let target = nbd_target(&site.uri);
         let (run, seen) = sampled(site, || fio::run(&target, &load, Some(seconds)))?;
         ours.push(run);
