@@ -281,6 +281,31 @@ fn turns(volume: &mut Volume, clock: &TestClock, count: usize) -> Vec<VolumeEven
     events
 }
 
+/// A client that flushes after every two writes finds the second time it comes to that
+/// its commit done; one that writes on is not committed early again.
+#[test]
+fn a_foreseen_flush_waits_for_nothing() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    site.create(&files);
+    let mut volume = site.open(Arc::new(files), "inline").unwrap();
+    let mut model = Model::new();
+    let mut awaited = Vec::new();
+    for _ in 0..6 {
+        for offset in [0, 4096] {
+            carry_out(&mut volume, &mut model, &site.clock, &stripe(offset, 1));
+        }
+        awaited.push(!volume.flush(1));
+        settle_all(&mut volume);
+    }
+    assert_eq!(awaited, [true, true, true, true, false, false]);
+    for _ in 0..3 {
+        carry_out(&mut volume, &mut model, &site.clock, &stripe(0, 2));
+    }
+    let positions = volume.positions();
+    assert!(positions.durable < positions.admitted, "nobody asked for the third one");
+}
+
 /// Decision 9: a failed sync is an error to whoever waits for it, and is not believed
 /// the second time.
 #[test]

@@ -84,6 +84,7 @@ impl Filter {
         }
         self.open.descs.push(desc);
         self.open.fill = self.open.fill.max(place.pos + len);
+        self.foresee.wrote();
         mem.publish(self.admitted());
         Ok(Admitted { lsn, pos: place.pos })
     }

@@ -19,11 +19,13 @@
 //! (ruling 9). Nothing here does I/O or reads a clock.
 
 mod admit;
+mod foresee;
 mod poll;
 
 use std::collections::VecDeque;
 use std::io;
 
+use self::foresee::Foresee;
 use crate::apply::SealedBatch;
 use crate::block::Errno;
 use crate::control::{Mode, Positions};
@@ -183,6 +185,7 @@ pub struct Filter {
     synced: Option<(u64, u32)>,
     checkpoint_at: u64,
     waiters: VecDeque<(u64, u64)>,
+    foresee: Foresee,
     pressed: Option<Stall>,
     force_commit: bool,
     drain: bool,
@@ -294,6 +297,7 @@ impl Filter {
             synced: None,
             checkpoint_at: now,
             waiters: VecDeque::new(),
+            foresee: Foresee::default(),
             pressed: None,
             force_commit: false,
             drain: false,
@@ -315,6 +319,7 @@ impl Filter {
     /// Calls `token` back once everything below `pos` is durable; false if it
     /// is already (I4).
     pub fn wait_durable(&mut self, pos: u64, token: u64) -> bool {
+        self.foresee.flushed();
         if pos <= self.durable {
             return false;
         }
@@ -323,14 +328,14 @@ impl Filter {
         true
     }
 
-    /// Somebody waits for something to be durable.
-    pub fn has_waiters(&self) -> bool {
-        !self.waiters.is_empty()
+    /// Somebody waits for something to be durable, or is about to.
+    pub fn is_awaited(&self) -> bool {
+        !self.waiters.is_empty() || self.foresee.due()
     }
 
-    /// Somebody waits for the commit, and nothing else of the journal is being synced.
+    /// The commit is awaited, and nothing else of the journal is being synced.
     pub fn commits_at_once(&self) -> bool {
-        self.has_waiters() && self.writing_sup.is_none()
+        self.is_awaited() && self.writing_sup.is_none()
     }
 
     /// Tokens whose wait is over; false: what they wait for can never be promised.

@@ -110,7 +110,7 @@ impl Filter {
             if !self.commit_due(now) {
                 return None;
             }
-            let flags = if self.waiters.is_empty() { 0 } else { BATCH_FLUSH };
+            let flags = if self.is_awaited() { BATCH_FLUSH } else { 0 };
             self.seal(flags, mem, now);
             self.force_commit = false;
             let writes: Vec<Segment> = self.segments.drain(..).rev().collect();
@@ -145,7 +145,7 @@ impl Filter {
             return false;
         }
         let bytes = self.open.fill.saturating_sub(self.durable);
-        !self.waiters.is_empty()
+        self.is_awaited()
             || self.force_commit
             || self.drain
             || self.pressed.is_some()

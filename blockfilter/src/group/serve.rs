@@ -148,7 +148,7 @@ impl Server {
             }
             let alone = self.alone.is(now);
             self.volume.set_alone(alone);
-            if alone && self.volume.has_waiters() {
+            if alone && self.volume.is_awaited() {
                 // The commit will keep this thread: what is ready goes first.
                 self.send(&touched, now);
             }

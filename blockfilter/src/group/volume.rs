@@ -373,9 +373,9 @@ impl Volume {
         self.alone = alone;
     }
 
-    /// Somebody waits for a commit.
-    pub fn has_waiters(&self) -> bool {
-        self.filter.has_waiters()
+    /// Whether [`Volume::turn`] may begin a commit that is awaited.
+    pub fn is_awaited(&self) -> bool {
+        self.filter.is_awaited()
     }
 
     /// Makes [`Volume::fd`] unreadable until more is done.

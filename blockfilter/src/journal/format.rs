@@ -191,7 +191,7 @@ pub struct BatchHdr {
 pub const BATCH_PAD: u8 = 1;
 /// Last batch before a clean stop: everything below is on the disks.
 pub const BATCH_CLEAN: u8 = 2;
-/// A FLUSH or FUA waited for it: a good end for an epoch.
+/// A FLUSH or FUA waited for it, or was foreseen: a good end for an epoch.
 pub const BATCH_FLUSH: u8 = 4;
 /// Holds a Mark, as its last record; ends an epoch.
 pub const BATCH_MARK: u8 = 8;

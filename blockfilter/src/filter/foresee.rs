@@ -1,0 +1,87 @@
+//! Foresees the next flush of a client that flushes after every so many writes, so that
+//! the commit runs while the client still takes the answers of its writes. (pure)
+//!
+//! A wrong guess costs one early commit: what was not foreseen right is not foreseen
+//! again before it was seen [`REGULAR`] times.
+
+/// When a flush is about to come.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Foresee {
+    /// Records since the last flush.
+    since: u32,
+    /// Records between the two flushes before.
+    interval: u32,
+    /// How often in a row it was that many.
+    times: u32,
+}
+
+impl Foresee {
+    /// A record was admitted.
+    pub(super) fn wrote(&mut self) {
+        self.since = self.since.saturating_add(1);
+    }
+
+    /// A flush came. One with nothing new before it tells nothing.
+    pub(super) fn flushed(&mut self) {
+        if self.since == 0 {
+            return;
+        }
+        self.times = if self.since == self.interval { self.times.saturating_add(1) } else { 0 };
+        self.interval = self.since;
+        self.since = 0;
+    }
+
+    /// As many records came as every time before the last flushes.
+    pub(super) fn due(&self) -> bool {
+        self.times >= REGULAR && self.since == self.interval
+    }
+}
+
+/// Equal intervals in a row that make a flush foreseen.
+const REGULAR: u32 = 3;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round(foresee: &mut Foresee, writes: u32) {
+        (0..writes).for_each(|_| foresee.wrote());
+        foresee.flushed();
+    }
+
+    #[test]
+    fn a_flush_is_foreseen_after_equal_intervals_and_at_their_end_only() {
+        for interval in [1, 2, 32] {
+            let mut foresee = Foresee::default();
+            for _ in 0..=REGULAR {
+                assert!(!foresee.due());
+                round(&mut foresee, interval);
+            }
+            for write in 1..=interval {
+                foresee.wrote();
+                assert_eq!(foresee.due(), write == interval, "{write} of {interval}");
+            }
+            foresee.flushed();
+            // What comes behind a flush with nothing between changes nothing.
+            foresee.flushed();
+            assert!(!foresee.due());
+            (0..interval).for_each(|_| foresee.wrote());
+            assert!(foresee.due());
+        }
+    }
+
+    #[test]
+    fn writes_without_a_flush_are_committed_early_once() {
+        let mut foresee = Foresee::default();
+        (0..=REGULAR).for_each(|_| round(&mut foresee, 1));
+        foresee.wrote();
+        assert!(foresee.due());
+        for _ in 0..100 {
+            foresee.wrote();
+            assert!(!foresee.due());
+        }
+        round(&mut foresee, 0);
+        foresee.wrote();
+        assert!(!foresee.due(), "the interval has changed");
+    }
+}
