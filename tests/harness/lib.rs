@@ -8,6 +8,7 @@
 //! | [`points`] | opening points and holding them against the oracle |
 //! | [`simgroup`] | the filter over simulated files |
 //! | [`filter`] | a filter process alone |
+//! | [`proxy`] | a line to the target that can be cut, silent or slow |
 //! | [`site`] | a target and an agent in a temporary folder |
 //! | [`nbd`] | a small NBD client of its own: a second reading of the protocol |
 //! | [`oracle`] | what a disk may contain, given what was written: the checker of prefixes |
@@ -22,6 +23,7 @@ pub mod nbd;
 pub mod oracle;
 pub mod points;
 pub mod process;
+pub mod proxy;
 pub mod run;
 pub mod simgroup;
 pub mod site;
