@@ -5,9 +5,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a benchmark stops at the first surprise")]
 
+use blockfilter::dirty::Dirty;
 use blockfilter::journal::batch::{finish_batch, parse_batch, payloads_ok};
 use blockfilter::journal::format::{BatchHdr, PAGE, RecDesc, RecOp};
-use blockfilter::nbd::proto::cmd;
+use blockfilter::nbd::proto::{Contexts, cmd};
 use blockfilter::nbd::transmission::{Header, Limits, encode, parse};
 use blockfilter::overlay::Overlay;
 use divan::counter::{BytesCount, ItemsCount};
@@ -117,6 +118,22 @@ fn overlay_lookup(bencher: Bencher<'_, '_>) {
     });
 }
 
+/// What is written between two acknowledgements at 80 000 writes a second, and one of them.
+#[divan::bench(args = [2, 1024])]
+fn dirty_set(bencher: Bencher<'_, '_>, disk_gib: u64) {
+    let mut dirty = Dirty::new(0);
+    let mut lsn = 0_u64;
+    bencher.counter(ItemsCount::new(BETWEEN_ACKS)).bench_local(|| {
+        for _ in 0..BETWEEN_ACKS {
+            // Scattered over the whole disk.
+            let at = lsn.wrapping_mul(0x9E37_79B9_7F4A_7C15) % (disk_gib << 18);
+            dirty.set(0, at * BLOCK as u64, BLOCK as u64);
+            lsn += 1;
+        }
+        dirty.told(1, lsn - BETWEEN_ACKS / 2, true, lsn);
+    });
+}
+
 /// An overlay with an arena's worth of blocks.
 fn filled() -> Overlay {
     let mut overlay = Overlay::default();
@@ -135,7 +152,7 @@ fn nbd_request_parse(bencher: Bencher<'_, '_>) {
         size: 1 << 30,
         read_only: false,
         structured: true,
-        base_allocation: true,
+        contexts: Contexts::ALL,
         fast_zero: true,
         block_min: 1,
     };
@@ -160,5 +177,7 @@ const BLOCK: usize = 4096;
 const RECORDS: usize = 16;
 /// Blocks that the overlay holds: a full arena of 256 MiB.
 const HELD: u64 = 60_000;
+/// Writes.
+const BETWEEN_ACKS: u64 = 8_000;
 /// Blocks of the disk: 2 GiB.
 const BLOCKS: u64 = 1 << 19;

@@ -107,6 +107,8 @@ pub struct ExportInfo {
     pub fast_zero: bool,
     /// TRIM is worth sending.
     pub trim: bool,
+    /// It tells what the target may lack: the context `standfast:dirty`.
+    pub dirty_map: bool,
     /// One line for people.
     pub description: String,
 }

@@ -34,9 +34,17 @@ pub enum Request {
     Commit,
     /// The target holds everything below `lsn`, durably; the journal may
     /// recycle it. Answered with [`Reply::Positions`]. Ignored while frozen.
+    ///
+    /// Each one says what is true now, and `standfast:dirty` believes it: a position
+    /// below an earlier one means that the target lost what it held (it was restored or
+    /// replaced; 0: it holds nothing of ours). What the journal gave up stays given up.
     ShipFloor {
         /// Exclusive end of what the target holds.
         lsn: Lsn,
+        /// The target has a complete copy of the disks as of `lsn`: no copy is under way.
+        /// An older replicator does not say; then nothing is called clean.
+        #[serde(default)]
+        whole: bool,
     },
     /// From now on batches are kept for the target from the answered `s` on
     /// (the durable position, rounded down to a batch's start): mode becomes

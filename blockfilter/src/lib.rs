@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | 1 | [`nbd`], [`fuse`] | bytes to requests |
 //! | 2 | [`block`] | what a request promises; errors |
-//! | 3 | [`filter`] | order it, give it an LSN, acknowledge, group commit |
+//! | 3 | [`filter`], [`dirty`] | order it, give it an LSN, mark what the target lacks, acknowledge, group commit |
 //! | 4 | [`arena`], [`overlay`] | the one copy in RAM; the newest version of each block |
 //! | 5 | [`journal`] | batches, chunks, the durable position, recovery |
 //! | 6 | [`apply`] | sorted write-back, checkpoint |
@@ -19,6 +19,7 @@ pub mod arena;
 pub mod block;
 pub mod config;
 pub mod control;
+pub mod dirty;
 pub mod engine;
 pub mod filter;
 pub mod fuse;

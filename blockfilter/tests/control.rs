@@ -17,6 +17,19 @@ use blockfilter::names::Lsn;
 #[allow(dead_code, reason = "shared with other tests")]
 mod sim;
 
+/// The next agent may adopt a filter of another version.
+#[test]
+fn an_older_replicator_claims_no_complete_copy_and_more_fields_are_ignored() {
+    let told = Request::ShipFloor { lsn: Lsn(4096), whole: true };
+    let mut json = serde_json::to_value(&told).unwrap();
+    let fields = json.as_object_mut().unwrap();
+    fields.insert("from_the_future".into(), true.into());
+    assert_eq!(serde_json::from_value::<Request>(json.clone()).unwrap(), told);
+    json.as_object_mut().unwrap().remove("whole");
+    let older = Request::ShipFloor { lsn: Lsn(4096), whole: false };
+    assert_eq!(serde_json::from_value::<Request>(json).unwrap(), older);
+}
+
 /// Requests sent in one go are all answered, in order, also behind one that had to wait.
 #[test]
 fn requests_behind_one_that_waits_are_answered() {

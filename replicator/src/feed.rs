@@ -30,7 +30,7 @@ pub struct Known {
 #[derive(Debug)]
 struct Shared {
     known: Mutex<Known>,
-    floor: Mutex<Option<Lsn>>,
+    floor: Mutex<Option<(Lsn, bool)>>,
     floor_changed: Condvar,
     failed: Mutex<Option<String>>,
     stop: AtomicBool,
@@ -91,9 +91,9 @@ impl Feed {
         Ok(lock(&self.shared.known).clone())
     }
 
-    /// The target holds everything below `lsn`, durably.
-    pub fn set_floor(&self, lsn: Lsn) {
-        *lock(&self.shared.floor) = Some(lsn);
+    /// The target holds everything below `lsn`, durably; `whole`: and a complete copy as of it.
+    pub fn set_floor(&self, lsn: Lsn, whole: bool) {
+        *lock(&self.shared.floor) = Some((lsn, whole));
         self.shared.floor_changed.notify_one();
     }
 }
@@ -135,8 +135,8 @@ fn tell(shared: &Shared, control: &mut dyn Control) -> io::Result<()> {
         let (mut floor, _) = waited.unwrap_or_else(PoisonError::into_inner);
         let told = floor.take();
         drop(floor);
-        if let Some(lsn) = told {
-            control.ship_floor(lsn)?;
+        if let Some((lsn, whole)) = told {
+            control.ship_floor(lsn, whole)?;
         }
     }
     Ok(())
@@ -189,7 +189,7 @@ mod tests {
         fn begin_seed(&mut self) -> io::Result<Lsn> {
             Ok(Lsn(0))
         }
-        fn ship_floor(&mut self, _: Lsn) -> io::Result<Positions> {
+        fn ship_floor(&mut self, _: Lsn, _: bool) -> io::Result<Positions> {
             Ok(Positions::default())
         }
     }

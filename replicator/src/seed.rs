@@ -345,7 +345,7 @@ mod tests {
         fn begin_seed(&mut self) -> io::Result<Lsn> {
             Ok(Lsn(0))
         }
-        fn ship_floor(&mut self, _: Lsn) -> io::Result<Positions> {
+        fn ship_floor(&mut self, _: Lsn, _: bool) -> io::Result<Positions> {
             Ok(Positions::default())
         }
     }

@@ -208,6 +208,13 @@ pub enum ErrorCode {
     Other,
 }
 
+impl ErrorCode {
+    /// Whether a target that answers HELLO with it has no copy that is ours.
+    pub fn denies_the_copy(self) -> bool {
+        matches!(self, Self::NameTaken | Self::NotFound | Self::Fenced | Self::Diverged)
+    }
+}
+
 /// Requests outside of a replication session, one at a time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "rpc", rename_all = "snake_case")]
@@ -337,6 +344,30 @@ pub fn decide(source: &Positions, ack: &HelloAck) -> Start {
     }
 }
 
+/// What the target holds when a session starts, as the filter is told: everything below the
+/// position, and whether as a complete copy.
+pub fn held(start: &Start, ack: &HelloAck) -> (Lsn, bool) {
+    match start {
+        Start::Stream { from } | Start::ResumeSeed { from, .. } => {
+            (*from, is_whole(ack.last, ack.seed, ack.consistent))
+        }
+        Start::Seed { .. } | Start::Fenced { .. } | Start::Diverged { .. } => (Lsn(0), false),
+    }
+}
+
+/// Whether a target that is durable to `last` has a complete copy as of there.
+pub fn is_whole(last: Lsn, seed: Option<SeedAt>, consistent: Option<Lsn>) -> bool {
+    seed.is_none() && consistent.is_some_and(|point| point >= last)
+}
+
+/// Whether an Ack tells that the seed is complete whose end was told after the heartbeat of
+/// `ended_us`. One from before that, or from before the seed, knows of no seed either: it does
+/// not return a later heartbeat.
+pub fn is_seed_over(ended_us: Option<u64>, ack: &Ack) -> bool {
+    let newer = ended_us.zip(ack.echo_us).is_some_and(|(ended, echo)| echo > ended);
+    newer && ack.seed.is_none()
+}
+
 /// The start when the journal no longer holds what the target needs.
 pub fn seed_again(ack: &HelloAck, reason: &'static str) -> Start {
     Start::Seed { first: ack.consistent.is_none(), reason }
@@ -439,6 +470,55 @@ mod tests {
         ack.seed = Some(SeedAt { ended: true, ..seed });
         ack.want = Want::Stream;
         assert_eq!(decide(&here, &ack), Start::Stream { from: Lsn(500) });
+    }
+
+    #[test]
+    fn a_copy_counts_as_complete_only_at_the_newest_point_and_without_a_seed() {
+        let here = source(1, 900, &[], Mode::Shipping);
+        let told = |ack: &HelloAck| held(&decide(&here, ack), ack);
+        let whole = target(Want::Stream, 1, 500);
+        assert_eq!(told(&whole), (Lsn(500), true));
+        let older = HelloAck { consistent: Some(Lsn(499)), ..whole.clone() };
+        assert_eq!(told(&older), (Lsn(500), false));
+        assert_eq!(told(&HelloAck { consistent: None, ..whole.clone() }), (Lsn(500), false));
+        let copying = SeedAt { first: false, s: Lsn(400), cursor_disk: 0, cursor: 0, ended: false };
+        for ended in [false, true] {
+            let seed = Some(SeedAt { ended, ..copying });
+            let want = if ended { Want::Stream } else { Want::ResumeSeed };
+            assert_eq!(told(&HelloAck { want, seed, ..whole.clone() }), (Lsn(500), false));
+        }
+        for ack in [
+            target(Want::Seed, 0, 0),
+            target(Want::Fenced, 1, 500),
+            target(Want::Stream, 1, 901),
+            target(Want::Stream, 7, 500),
+        ] {
+            assert_eq!(told(&ack), (Lsn(0), false), "{ack:?}");
+        }
+        let frozen = source(1, 900, &[], Mode::Frozen);
+        assert_eq!(held(&decide(&frozen, &whole), &whole), (Lsn(0), false));
+    }
+
+    #[test]
+    fn an_ack_from_before_the_end_of_a_seed_does_not_end_it() {
+        let ack = |echo_us, seed| Ack {
+            durable: Lsn(500),
+            incarnation: 1,
+            seed,
+            consistent: Some(Lsn(500)),
+            rpo_us: None,
+            echo_us,
+            mono_us: None,
+            recoverable_us: None,
+        };
+        assert!(is_seed_over(Some(70), &ack(Some(71), None)));
+        for (ended, echo) in
+            [(None, Some(71)), (Some(70), None), (Some(70), Some(70)), (Some(70), Some(9))]
+        {
+            assert!(!is_seed_over(ended, &ack(echo, None)), "{ended:?} {echo:?}");
+        }
+        let seed = SeedAt { first: false, s: Lsn(1), cursor_disk: 0, cursor: 0, ended: true };
+        assert!(!is_seed_over(Some(70), &ack(Some(71), Some(seed))), "not caught up with its end");
     }
 
     #[test]

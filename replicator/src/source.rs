@@ -36,8 +36,8 @@ pub trait Control: Send {
     fn wait(&mut self, after: Option<Lsn>, timeout: Duration) -> io::Result<Positions>;
     /// Batches are kept from the answered position on, durably.
     fn begin_seed(&mut self) -> io::Result<Lsn>;
-    /// The target holds everything below `lsn`.
-    fn ship_floor(&mut self, lsn: Lsn) -> io::Result<Positions>;
+    /// The target holds everything below `lsn`; `whole`: and a complete copy as of it.
+    fn ship_floor(&mut self, lsn: Lsn, whole: bool) -> io::Result<Positions>;
 }
 
 /// Durable batches.
@@ -127,8 +127,8 @@ impl Control for LocalControl {
         }
     }
 
-    fn ship_floor(&mut self, lsn: Lsn) -> io::Result<Positions> {
-        self.0.positions(&Request::ShipFloor { lsn }, ANSWER)
+    fn ship_floor(&mut self, lsn: Lsn, whole: bool) -> io::Result<Positions> {
+        self.0.positions(&Request::ShipFloor { lsn, whole }, ANSWER)
     }
 }
 

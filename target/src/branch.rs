@@ -297,6 +297,7 @@ impl Export for BranchDisk {
             block_preferred: 4096,
             fast_zero: true,
             trim: true,
+            dirty_map: false,
             description: self.description.clone(),
         }
     }

@@ -338,6 +338,7 @@ impl Export for View {
             block_preferred: 64 << 10,
             fast_zero: false,
             trim: false,
+            dirty_map: false,
             description: self.core.description.clone(),
         }
     }

@@ -12,6 +12,8 @@ use crate::site::Site;
 pub enum Line {
     /// Passes them on.
     Passes,
+    /// So many bytes, both ways together, then as [`Line::Holds`].
+    Only(u64),
     /// Takes what the sockets hold, and passes nothing on.
     Holds,
     /// Each piece so much later.
@@ -69,7 +71,16 @@ impl Proxy {
                 let slow = |s: &mut State| matches!(s.line, Line::Slow(_));
                 state = self.state.1.wait_timeout_while(state, late, slow).unwrap().0;
             }
-            state = self.state.1.wait_while(state, |s| s.line == Line::Holds).unwrap();
+            let bytes = count as u64;
+            let holds = |s: &mut State| match s.line {
+                Line::Holds => true,
+                Line::Only(left) => left < bytes,
+                Line::Passes | Line::Slow(_) => false,
+            };
+            state = self.state.1.wait_while(state, holds).unwrap();
+            if let Line::Only(left) = &mut state.line {
+                *left -= bytes;
+            }
             drop(state);
             if to.write_all(&piece[..count]).is_err() {
                 break;

@@ -82,6 +82,9 @@ impl Filter {
         if index == 0 {
             self.open.since = now;
         }
+        if rec.op != RecOp::Mark {
+            self.dirty.set(rec.disk, rec.offset, u64::from(rec.len));
+        }
         self.open.descs.push(desc);
         self.open.fill = self.open.fill.max(place.pos + len);
         self.foresee.wrote();

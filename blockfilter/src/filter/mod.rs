@@ -29,6 +29,7 @@ use self::foresee::Foresee;
 use crate::apply::SealedBatch;
 use crate::block::Errno;
 use crate::control::{Mode, Positions};
+use crate::dirty::{Dirty, DirtyExtent};
 use crate::engine::no_space;
 use crate::journal::chunks::{ChunkGeometry, Slots};
 use crate::journal::format::*;
@@ -169,6 +170,7 @@ pub struct Filter {
     applied: u64,
     applied_crc: u32,
     ship_floor: u64,
+    dirty: Dirty,
     mode: Mode,
     slots: Slots,
     sup: JournalSuper,
@@ -283,6 +285,7 @@ impl Filter {
             applied: start.applied,
             applied_crc: start.applied_crc,
             ship_floor: start.sup.ship_floor.get(),
+            dirty: Dirty::new(0),
             mode,
             slots: start.slots,
             sup: start.sup,
@@ -306,6 +309,7 @@ impl Filter {
             no_space: [false; DISKS_MAX],
             wall: 0,
         };
+        filter.dirty.forget(filter.admitted());
         filter.queue_undurable();
         filter.check();
         filter
@@ -403,6 +407,26 @@ impl Filter {
         }
     }
 
+    /// The target says what it holds, for the journal and for [`Filter::dirty`]; the parameters
+    /// are those of [`Dirty::told`].
+    pub fn target_holds(&mut self, teller: u64, pos: u64, whole: bool) {
+        // What was never durable here is not what the disks hold.
+        let held = (pos <= self.durable).then(|| self.config.geometry.normal(pos));
+        let whole = whole && held.is_some();
+        self.dirty.told(teller, held.unwrap_or(0), whole, self.admitted());
+        self.ship_floor(pos);
+    }
+
+    /// What of a disk may differ from what the target durably holds; see [`Dirty::extents`].
+    /// Everything, unless the target has a complete copy and all that it lacks is known.
+    pub fn dirty(&self, disk: u8, offset: u64, len: u64, max: usize) -> Vec<DirtyExtent> {
+        // A failed disk may show older content than it was given. While frozen a copy is due.
+        if self.mode != Mode::Shipping {
+            return vec![DirtyExtent { len, dirty: true }];
+        }
+        self.dirty.extents(disk, offset, len, max)
+    }
+
     /// The target holds everything below `pos`.
     pub fn ship_floor(&mut self, pos: u64) {
         let shipping = match self.mode {
@@ -424,6 +448,7 @@ impl Filter {
         }
         self.mode = Mode::Shipping;
         self.ship_floor = self.durable;
+        self.dirty.forget(self.admitted());
         self.want_sup = true;
         Some(self.durable)
     }

@@ -21,10 +21,10 @@ use crate::nbd::handshake::{
     Handshake, HandshakeConfig, HandshakeEvent, OpenError, TlsMode, default_export,
 };
 use crate::nbd::out::{Buffers, Out};
-use crate::nbd::proto::REQUEST_LEN;
+use crate::nbd::proto::{Context, REQUEST_LEN};
 use crate::nbd::transmission::{
-    Decision, EXTENTS_MAX, Header, Limits, Request, block_status, parse, payload_len, reply_data,
-    reply_error, reply_ok,
+    Decision, EXTENTS_MAX, Header, Limits, Request, allocation_status, dirty_status, parse,
+    payload_len, reply_data, reply_error, reply_ok,
 };
 
 /// What all connections of a group share.
@@ -478,18 +478,19 @@ impl Conn {
             }
             Decision::Goodbye => self.goodbye = true,
             Decision::Close => {}
-            Decision::Run(request) => self.run(volume, structured, disk, header, request),
+            Decision::Run(request) => self.run(volume, limits, disk, header, request),
         }
     }
 
     fn run(
         &mut self,
         volume: &mut Volume,
-        structured: bool,
+        limits: Limits,
         disk: u8,
         header: Header,
         request: Request,
     ) {
+        let structured = limits.structured;
         match request {
             Request::Read { offset, len, .. } => {
                 let token = self.wait(header, u64::from(len), false);
@@ -505,7 +506,12 @@ impl Conn {
                 }
             }
             Request::BlockStatus { offset, len, one } => {
-                let token = self.wait(header, 0, one);
+                if !limits.contexts.has(Context::Allocation) {
+                    // No question to the file: the answer is in memory.
+                    return self.add_dirty(volume, disk, header, one);
+                }
+                let cost = if one { 0 } else { STATUS_COST };
+                let token = self.wait(header, cost, one);
                 volume.extents(token, disk, offset, u64::from(len));
             }
             Request::Cache { .. } => self.out.add(|o| reply_ok(o, structured, &header)),
@@ -572,17 +578,32 @@ impl Conn {
     }
 
     /// The allocation of a range is known.
-    pub fn handle_extents(&mut self, token: u64, result: Result<Vec<Extent>, Errno>) {
-        let structured = self.structured();
+    pub fn handle_extents(
+        &mut self,
+        volume: &Volume,
+        token: u64,
+        result: Result<Vec<Extent>, Errno>,
+    ) {
+        let Phase::Transmission { limits, disk } = self.phase else { return };
         let Some(Waiting { header, one, .. }) = self.take(token) else { return };
         match result {
             Ok(extents) => {
-                let max = if one { 1 } else { EXTENTS_MAX };
-                let extents = &extents[..extents.len().min(max)];
-                self.out.add(|o| block_status(o, header.cookie, extents));
+                let extents = &extents[..extents.len().min(extents_max(one))];
+                let more = limits.contexts.has(Context::Dirty);
+                self.out.add(|o| allocation_status(o, header.cookie, extents, !more));
+                if more {
+                    self.add_dirty(volume, disk, header, one);
+                }
             }
-            Err(errno) => self.out.add(|o| reply_error(o, structured, &header, errno)),
+            Err(errno) => self.out.add(|o| reply_error(o, limits.structured, &header, errno)),
         }
+    }
+
+    /// Ends an answer with what the target may lack now.
+    fn add_dirty(&mut self, volume: &Volume, disk: u8, header: Header, one: bool) {
+        let len = u64::from(header.len);
+        let extents = volume.dirty(disk, header.offset, len, extents_max(one));
+        self.out.add(|o| dirty_status(o, header.cookie, &extents, true));
     }
 
     /// Sends what is there; what the socket does not take stays.
@@ -668,6 +689,10 @@ fn admit_write(
     Ok(end)
 }
 
+fn extents_max(one: bool) -> usize {
+    if one { 1 } else { EXTENTS_MAX }
+}
+
 fn export_info(volume: &Volume, index: usize) -> ExportInfo {
     let disk = &volume.disks()[index];
     ExportInfo {
@@ -678,6 +703,7 @@ fn export_info(volume: &Volume, index: usize) -> ExportInfo {
         block_preferred: 4096,
         fast_zero: true,
         trim: true,
+        dirty_map: true,
         description: format!("protected disk {}", disk.name),
     }
 }
@@ -692,6 +718,8 @@ const OUT_MAX: usize = 4 << 20;
 const IN_FLIGHT_MAX: u64 = 16 << 20;
 /// What a request that waits counts at least, bytes: it bounds their number.
 const WAIT_COST: u64 = 4096;
+/// What a question for extents counts, bytes: the longest answer in both contexts.
+const STATUS_COST: u64 = 2 * 8 * EXTENTS_MAX as u64;
 /// Receives in a row before the others get their turn.
 const ROUNDS: usize = 16;
 /// Payload buffers kept for later, bytes.

@@ -20,6 +20,7 @@ pub enum Ask {
 /// A control connection: one request at a time.
 #[derive(Debug)]
 pub struct Ctl {
+    /// Higher than those of connections that were accepted before.
     id: u64,
     stream: UnixStream,
     input: Vec<u8>,
@@ -127,12 +128,14 @@ impl Ctl {
                     self.handle_durable(self.id << 32, volume);
                 }
             }
-            Request::ShipFloor { lsn } => {
-                volume.ship_floor(lsn.0);
+            Request::ShipFloor { lsn, whole } => {
+                volume.target_holds(self.id, lsn.0, whole);
                 self.answer(&Reply::Positions(volume.positions()));
             }
             Request::BeginSeed => match volume.begin_seed() {
                 Some(s) => {
+                    // Also: what is still under way from older sessions is untrue by now.
+                    volume.target_holds(self.id, 0, false);
                     let seq = volume.filter().super_seq_due();
                     self.pending = Some(Pending::Seed { s, seq });
                 }

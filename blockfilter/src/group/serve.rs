@@ -227,7 +227,9 @@ impl Server {
                         VolumeEvent::Durable(_) => conn.handle_durable(token),
                         VolumeEvent::Lost(_) => conn.handle_lost(token),
                         VolumeEvent::Read { result, .. } => conn.handle_read(token, result),
-                        VolumeEvent::Extents { result, .. } => conn.handle_extents(token, result),
+                        VolumeEvent::Extents { result, .. } => {
+                            conn.handle_extents(&self.volume, token, result);
+                        }
                     }
                 }
             }

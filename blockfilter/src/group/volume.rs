@@ -16,6 +16,7 @@ use crate::apply::plan;
 use crate::arena::{Arena, Word};
 use crate::block::{Errno, Extent, SECTOR, ZeroFlags};
 use crate::control::{DiskStatus, FilterStatus, Positions};
+use crate::dirty::DirtyExtent;
 use crate::engine::queue::{Done, Engine, Op, Target};
 use crate::engine::{Clock, Files};
 use crate::filter::{Action, Filter, Memory, NewRecord, Stall};
@@ -336,6 +337,11 @@ impl Volume {
         self.engine.submit(Op::Extents { token, disk, ranges });
     }
 
+    /// As [`Filter::dirty`].
+    pub fn dirty(&self, disk: u8, offset: u64, len: u64, max: usize) -> Vec<DirtyExtent> {
+        self.filter.dirty(disk, offset, len, max)
+    }
+
     /// Everything answered before is durable: true at once, else
     /// [`VolumeEvent::Durable`] follows.
     pub fn flush(&mut self, token: u64) -> bool {
@@ -351,6 +357,12 @@ impl Volume {
     /// frees can be used: a start after a kill must find it free too (I5).
     pub fn ship_floor(&mut self, pos: u64) {
         self.filter.ship_floor(pos);
+        self.publish();
+    }
+
+    /// As [`Filter::target_holds`], and as [`Volume::ship_floor`].
+    pub fn target_holds(&mut self, teller: u64, pos: u64, whole: bool) {
+        self.filter.target_holds(teller, pos, whole);
         self.publish();
     }
 

@@ -162,6 +162,7 @@ impl Export for FileExport {
             block_preferred: 4096,
             fast_zero: !self.read_only,
             trim: !self.read_only,
+            dirty_map: false,
             description: self.description.clone(),
         }
     }

@@ -15,9 +15,9 @@
 use std::collections::VecDeque;
 
 use super::proto::{
-    BASE_ALLOCATION, BASE_ALLOCATION_ID, CLIENT_FIXED_NEWSTYLE, CLIENT_NO_ZEROES,
-    FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, Fields, MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, Put,
-    STRING_MAX, flag, info, opt, rep,
+    CLIENT_FIXED_NEWSTYLE, CLIENT_NO_ZEROES, Context, Contexts, FLAG_FIXED_NEWSTYLE,
+    FLAG_NO_ZEROES, Fields, MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC, Put, STRING_MAX, flag, info,
+    opt, rep,
 };
 use crate::block::{ExportInfo, PAYLOAD_MAX};
 
@@ -71,8 +71,8 @@ pub struct Negotiated {
     pub export: ExportInfo,
     /// Structured replies.
     pub structured: bool,
-    /// The `base:allocation` context.
-    pub base_allocation: bool,
+    /// The metadata contexts that BLOCK_STATUS is answered in; none without structured replies.
+    pub contexts: Contexts,
     /// Smallest request in bytes: the export's, or 1 for a client that did not
     /// ask for block sizes.
     pub block_min: u32,
@@ -126,8 +126,8 @@ struct Open {
     name: String,
     /// Information asked for by INFO or GO.
     wants: Wants,
-    /// `base:allocation` was among the queries of a META_CONTEXT option.
-    wants_allocation: bool,
+    /// What the queries of a META_CONTEXT option name.
+    queried: Contexts,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -148,8 +148,8 @@ pub struct Handshake {
     fixed: bool,
     secure: bool,
     structured: bool,
-    /// The export that `base:allocation` was chosen for.
-    allocation_of: Option<String>,
+    /// The contexts that were chosen, and for which export.
+    chosen: Option<(String, Contexts)>,
     bytes: usize,
     options: usize,
 }
@@ -170,7 +170,7 @@ impl Handshake {
             fixed: false,
             secure: false,
             structured: false,
-            allocation_of: None,
+            chosen: None,
             bytes: 0,
             options: 0,
         }
@@ -259,7 +259,7 @@ impl Handshake {
         match (result, open.option) {
             (Ok(export), opt::EXPORT_NAME) => self.begin_by_name(open, export),
             (Ok(export), opt::INFO | opt::GO) => self.inform(open, export),
-            (Ok(_), _) => self.meta_context(open),
+            (Ok(export), _) => self.meta_context(open, &export),
             (Err(_), opt::EXPORT_NAME) => self.close("the export asked for cannot be opened"),
             (Err(error), option) => {
                 let code = match &error {
@@ -280,7 +280,7 @@ impl Handshake {
             self.state = State::Option;
             self.secure = true;
             self.structured = false;
-            self.allocation_of = None;
+            self.chosen = None;
             self.input.clear();
         }
     }
@@ -382,14 +382,14 @@ impl Handshake {
 
     fn queries(&mut self, option: u32, data: &[u8]) {
         if option == opt::SET_META_CONTEXT {
-            self.allocation_of = None;
+            self.chosen = None;
         }
         let parsed = parse_queries(data, option == opt::LIST_META_CONTEXT);
         match parsed {
-            Some((name, wants_allocation)) if self.structured => {
+            Some((name, queried)) if self.structured => {
                 self.open(option, name, Wants::default());
                 if let State::Opening(open) = &mut self.state {
-                    open.wants_allocation = wants_allocation;
+                    open.queried = queried;
                 }
             }
             _ => self.reply(option, rep::ERR_INVALID, &[]),
@@ -400,7 +400,7 @@ impl Handshake {
         let name = name.to_owned();
         let info_only = !matches!(option, opt::EXPORT_NAME | opt::GO);
         self.events.push_back(HandshakeEvent::OpenExport { name: name.clone(), info_only });
-        self.state = State::Opening(Open { option, name, wants, wants_allocation: false });
+        self.state = State::Opening(Open { option, name, wants, queried: Contexts::default() });
     }
 
     fn begin_by_name(&mut self, open: Open, export: ExportInfo) {
@@ -439,28 +439,31 @@ impl Handshake {
         }
     }
 
-    fn meta_context(&mut self, open: Open) {
-        if open.wants_allocation {
-            let set = open.option == opt::SET_META_CONTEXT;
+    fn meta_context(&mut self, open: Open, export: &ExportInfo) {
+        let set = open.option == opt::SET_META_CONTEXT;
+        let found = open.queried.and(contexts_of(export));
+        for context in Context::ALL.into_iter().filter(|c| found.has(*c)) {
             let mut data = Vec::new();
-            data.put32(if set { BASE_ALLOCATION_ID } else { 0 });
-            data.extend_from_slice(BASE_ALLOCATION.as_bytes());
+            data.put32(if set { context.id() } else { 0 });
+            data.extend_from_slice(context.name().as_bytes());
             self.reply(open.option, rep::META_CONTEXT, &data);
-            if set {
-                self.allocation_of = Some(open.name);
-            }
+        }
+        if set {
+            self.chosen = Some((open.name, found));
         }
         self.reply(open.option, rep::ACK, &[]);
     }
 
     fn transmission(&mut self, open: Open, export: ExportInfo) {
-        let chosen = self.allocation_of.as_ref() == Some(&open.name);
+        let chosen = self.chosen.as_ref().filter(|(name, _)| self.structured && *name == open.name);
+        // An export whose name moved may have less than the one that was asked.
+        let contexts = chosen.map_or(Contexts::default(), |c| c.1.and(contexts_of(&export)));
         let block_min = if open.wants.block_size { export.block_min } else { 1 };
         self.state = State::Done;
         self.events.push_back(HandshakeEvent::Transmission(Box::new(Negotiated {
             name: open.name,
             structured: self.structured,
-            base_allocation: self.structured && chosen,
+            contexts,
             block_min,
             export,
         })));
@@ -520,6 +523,11 @@ pub fn transmission_flags(export: &ExportInfo, structured: bool) -> u16 {
     flags
 }
 
+fn contexts_of(export: &ExportInfo) -> Contexts {
+    let always = Contexts::default().with(Context::Allocation);
+    if export.dirty_map { always.with(Context::Dirty) } else { always }
+}
+
 /// The name an empty one stands for: the only export, if there is exactly one.
 pub fn default_export<'a>(name: &'a str, exports: &'a [String]) -> &'a str {
     match exports {
@@ -544,16 +552,17 @@ fn parse_info(data: &[u8]) -> Option<(&str, Wants)> {
     fields.0.is_empty().then_some((name, wants))
 }
 
-/// The export's name, and whether the queries name `base:allocation`.
-fn parse_queries(data: &[u8], list: bool) -> Option<(&str, bool)> {
+/// The export's name, and the contexts that the queries name; no query lists all.
+fn parse_queries(data: &[u8], list: bool) -> Option<(&str, Contexts)> {
     let mut fields = Fields(data);
     let name = fields.string()?;
     let count = fields.u32()?;
-    let mut found = list && count == 0;
+    let mut found = if list && count == 0 { Contexts::ALL } else { Contexts::default() };
     // Each turn takes at least 4 bytes of `data`, or ends.
     for _ in 0..count {
         let query = fields.string()?;
-        found |= query == BASE_ALLOCATION || (list && query == "base:");
+        let meant = Context::ALL.into_iter().filter(|c| c.is_meant(query, list));
+        found = meant.fold(found, Contexts::with);
     }
     fields.0.is_empty().then_some((name, found))
 }

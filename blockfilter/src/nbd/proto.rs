@@ -168,10 +168,86 @@ pub mod chunk {
 pub const STATE_HOLE: u32 = 1;
 /// `base:allocation`: reads as zeroes.
 pub const STATE_ZERO: u32 = 2;
-/// The one metadata context there is.
+/// `standfast:dirty`: it may differ from what the target durably holds.
+pub const STATE_DIRTY: u32 = 1;
+/// The context of holes and zeroes, which every export has.
 pub const BASE_ALLOCATION: &str = "base:allocation";
-/// Its id once chosen.
-pub const BASE_ALLOCATION_ID: u32 = 1;
+/// The context of what the target may lack, of the disks that a group's filter exports.
+///
+/// State 0: the target durably holds this extent as it is now. [`STATE_DIRTY`] (the bit of
+/// `qemu:dirty-bitmap`): it may not. Clean is never said of what may differ, as far as the
+/// target's last word goes; dirty is also said of what is equal: of a block of 64 KiB for a
+/// change of a part of it, for a moment after the target acknowledged it, of everything until
+/// the first copy is complete, while the group is frozen or its journal or a disk failed, and
+/// from a start of the filter until the target holds what was written before it.
+pub const STANDFAST_DIRTY: &str = "standfast:dirty";
+
+/// A metadata context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Context {
+    /// [`BASE_ALLOCATION`].
+    Allocation,
+    /// [`STANDFAST_DIRTY`].
+    Dirty,
+}
+
+impl Context {
+    /// In the order of their ids.
+    pub const ALL: [Self; 2] = [Self::Allocation, Self::Dirty];
+
+    /// Its id once chosen.
+    pub fn id(self) -> u32 {
+        match self {
+            Self::Allocation => 1,
+            Self::Dirty => 2,
+        }
+    }
+
+    /// Its name, `namespace:leaf`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Allocation => BASE_ALLOCATION,
+            Self::Dirty => STANDFAST_DIRTY,
+        }
+    }
+
+    /// Whether a query names it; in a list a namespace alone stands for all that is in it.
+    pub fn is_meant(self, query: &str, list: bool) -> bool {
+        query == self.name()
+            || (list && query.ends_with(':') && self.name().strip_prefix(query).is_some())
+    }
+}
+
+/// A set of [`Context`]s.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Contexts(u32);
+
+impl Contexts {
+    /// Every one.
+    pub const ALL: Self = Self(0b11);
+
+    /// With one more.
+    #[must_use]
+    pub fn with(self, context: Context) -> Self {
+        Self(self.0 | 1 << (context.id() - 1))
+    }
+
+    /// What both have.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// Whether it is in it.
+    pub fn has(self, context: Context) -> bool {
+        self.and(Self::default().with(context)).0 != 0
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+}
 
 /// Longest string in the protocol, in bytes.
 pub const STRING_MAX: usize = 4096;

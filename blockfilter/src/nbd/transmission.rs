@@ -11,10 +11,12 @@
 
 use super::handshake::Negotiated;
 use super::proto::{
-    BASE_ALLOCATION_ID, CHUNK_LEN, Fields, Put, REQUEST_LEN, REQUEST_MAGIC, SIMPLE_REPLY_LEN,
-    SIMPLE_REPLY_MAGIC, STATE_HOLE, STATE_ZERO, STRUCTURED_REPLY_MAGIC, chunk, cmd, cmd_flag,
+    CHUNK_LEN, Context, Contexts, Fields, Put, REQUEST_LEN, REQUEST_MAGIC, SIMPLE_REPLY_LEN,
+    SIMPLE_REPLY_MAGIC, STATE_DIRTY, STATE_HOLE, STATE_ZERO, STRUCTURED_REPLY_MAGIC, chunk, cmd,
+    cmd_flag,
 };
 use crate::block::{Errno, Extent, PAYLOAD_MAX, ZeroFlags, check_range};
+use crate::dirty::DirtyExtent;
 
 /// A request's header as sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,8 +42,8 @@ pub struct Limits {
     pub read_only: bool,
     /// Structured replies were negotiated.
     pub structured: bool,
-    /// `base:allocation` was negotiated.
-    pub base_allocation: bool,
+    /// What BLOCK_STATUS answers in.
+    pub contexts: Contexts,
     /// FAST_ZERO was advertised.
     pub fast_zero: bool,
     /// Smallest request and alignment in bytes: a power of two.
@@ -55,7 +57,7 @@ impl Limits {
             size: negotiated.export.size,
             read_only: negotiated.export.read_only,
             structured: negotiated.structured,
-            base_allocation: negotiated.base_allocation,
+            contexts: negotiated.contexts,
             fast_zero: negotiated.export.fast_zero,
             block_min: negotiated.block_min,
         }
@@ -110,7 +112,7 @@ pub enum Request {
         /// Up to 4 GiB.
         len: u32,
     },
-    /// Tell allocation.
+    /// Tell what each context that was chosen says.
     BlockStatus {
         /// In bytes.
         offset: u64,
@@ -246,7 +248,7 @@ fn request(header: &Header, limits: &Limits) -> Result<Request, Errno> {
             let fast = flags & cmd_flag::FAST_ZERO != 0;
             Request::Zero { offset, len, flags: ZeroFlags { no_hole, fast, fua } }
         }
-        cmd::BLOCK_STATUS if limits.base_allocation => {
+        cmd::BLOCK_STATUS if !limits.contexts.is_empty() => {
             Request::BlockStatus { offset, len, one: flags & cmd_flag::REQ_ONE != 0 }
         }
         _ => return Err(Errno::Inval),
@@ -308,19 +310,36 @@ pub fn chunk_done(out: &mut Vec<u8>, cookie: u64) {
     chunk_header(out, cookie, chunk::FLAG_DONE, chunk::NONE, 0);
 }
 
-/// Answers BLOCK_STATUS with at least one and at most [`EXTENTS_MAX`] extents.
-pub fn block_status(out: &mut Vec<u8>, cookie: u64, extents: &[Extent]) {
-    assert!(!extents.is_empty(), "a block status has at least one extent");
-    let extents = &extents[..extents.len().min(EXTENTS_MAX)];
-    let len = 4 + 8 * extents.len() as u32;
-    chunk_header(out, cookie, chunk::FLAG_DONE, chunk::BLOCK_STATUS, len);
-    out.put32(BASE_ALLOCATION_ID);
-    for extent in extents {
-        // Requests are below 4 GiB, and so are the extents that answer them.
-        out.put32(u32::try_from(extent.len).unwrap_or(u32::MAX));
+/// Answers BLOCK_STATUS in `base:allocation` with at least one and at most [`EXTENTS_MAX`]
+/// extents; `done`: in no other context.
+pub fn allocation_status(out: &mut Vec<u8>, cookie: u64, extents: &[Extent], done: bool) {
+    status_header(out, cookie, Context::Allocation, extents.len(), done);
+    for extent in &extents[..extents.len().min(EXTENTS_MAX)] {
         let hole = if extent.hole { STATE_HOLE } else { 0 };
-        out.put32(hole | if extent.zero { STATE_ZERO } else { 0 });
+        let zero = if extent.zero { STATE_ZERO } else { 0 };
+        status_extent(out, extent.len, hole | zero);
     }
+}
+
+/// The same in `standfast:dirty`.
+pub fn dirty_status(out: &mut Vec<u8>, cookie: u64, extents: &[DirtyExtent], done: bool) {
+    status_header(out, cookie, Context::Dirty, extents.len(), done);
+    for extent in &extents[..extents.len().min(EXTENTS_MAX)] {
+        status_extent(out, extent.len, if extent.dirty { STATE_DIRTY } else { 0 });
+    }
+}
+
+fn status_header(out: &mut Vec<u8>, cookie: u64, context: Context, extents: usize, done: bool) {
+    assert!(extents > 0, "a block status has at least one extent");
+    let len = 4 + 8 * extents.min(EXTENTS_MAX) as u32;
+    chunk_header(out, cookie, u16::from(done), chunk::BLOCK_STATUS, len);
+    out.put32(context.id());
+}
+
+fn status_extent(out: &mut Vec<u8>, len: u64, state: u32) {
+    // Requests are below 4 GiB, and so are the extents that answer them.
+    out.put32(u32::try_from(len).unwrap_or(u32::MAX));
+    out.put32(state);
 }
 
 /// A simple reply with an error code, or 0.
@@ -397,7 +416,7 @@ pub fn decode_reply(window: &[u8]) -> Result<Option<(ReplyHeader, usize)>, BadMa
     }
 }
 
-/// Most extents in one answer.
+/// Most extents of one context in one answer.
 pub const EXTENTS_MAX: usize = 4096;
 
 #[cfg(test)]
@@ -410,7 +429,7 @@ mod tests {
         size: 1 << 40,
         read_only: false,
         structured: true,
-        base_allocation: true,
+        contexts: Contexts::ALL,
         fast_zero: true,
         block_min: 1,
     };
@@ -502,7 +521,7 @@ mod tests {
         reply_error(&mut out, true, &read, Errno::Io);
         reply_ok(&mut out, true, &header(cmd::WRITE, 0, 0, 8));
         offset_hole(&mut out, 7, 4096, 512, true);
-        block_status(&mut out, 7, &[Extent { len: 512, hole: true, zero: true }]);
+        allocation_status(&mut out, 7, &[Extent { len: 512, hole: true, zero: true }], true);
         let hex: String = out.iter().map(|b| format!("{b:02x}")).collect();
         let golden = [
             "668e33ef00018001000000000000000700000006000000050000",
@@ -511,6 +530,32 @@ mod tests {
             "668e33ef0001000500000000000000070000000c000000010000020000000003",
         ];
         assert_eq!(hex, golden.concat());
+    }
+
+    #[test]
+    fn each_context_answers_in_a_chunk_of_its_own_and_the_last_one_ends_the_reply() {
+        let mut out = Vec::new();
+        allocation_status(&mut out, 7, &[Extent { len: 512, hole: true, zero: true }], false);
+        let dirty = |len, dirty| DirtyExtent { len, dirty };
+        dirty_status(&mut out, 7, &[dirty(1 << 16, true), dirty(512, false)], true);
+        let hex: String = out.iter().map(|b| format!("{b:02x}")).collect();
+        let golden = [
+            "668e33ef0000000500000000000000070000000c000000010000020000000003",
+            "668e33ef000100050000000000000007000000140000000200010000000000010000020000000000",
+        ];
+        assert_eq!(hex, golden.concat());
+    }
+
+    #[test]
+    fn block_status_needs_a_context_whichever() {
+        let status = header(cmd::BLOCK_STATUS, cmd_flag::REQ_ONE, 0, 4096);
+        let none = Limits { contexts: Contexts::default(), ..LIMITS };
+        assert_eq!(validate(&status, &none), Decision::Refuse(Errno::Inval));
+        for context in Context::ALL {
+            let one = Limits { contexts: Contexts::default().with(context), ..LIMITS };
+            let run = Request::BlockStatus { offset: 0, len: 4096, one: true };
+            assert_eq!(validate(&status, &one), Decision::Run(run));
+        }
     }
 
     proptest! {

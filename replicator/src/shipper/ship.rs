@@ -21,7 +21,7 @@ use crate::pace::Meter;
 use crate::seed::{Copier, CopyHead, SeedPlan, Step};
 use crate::session::{
     Ack, DiskInfo, Echo, ErrorMessage, HEARTBEAT_US, Heartbeat, Hello, HelloAck, SeedBegin,
-    SeedEnd, Start, decide, group_id, seed_again,
+    SeedEnd, Start, decide, group_id, held, is_seed_over, is_whole, seed_again,
 };
 use crate::source::{Control, Journal};
 use crate::status::{SeedProgress, State};
@@ -36,7 +36,8 @@ struct Seeding {
     step: Option<Step>,
     /// Everything is read and sent; the seed ends once durable beyond this.
     end: Option<Lsn>,
-    ended: bool,
+    /// The end was told, after the heartbeat of this time.
+    ended: Option<u64>,
     meter: Meter,
     done: u64,
     sent_bytes: u64,
@@ -57,11 +58,15 @@ struct Session<'a> {
     encoder: Encoder,
     shipped: Lsn,
     target_durable: Lsn,
+    /// What the filter was last told: to where, and whether of a complete copy.
+    told: (Lsn, bool),
     /// Sent epochs that are not acknowledged: end and bytes.
     window: std::collections::VecDeque<(Lsn, u64)>,
     window_bytes: u64,
     epoch_bytes: u64,
     heartbeat_due: u64,
+    /// Time of the newest heartbeat, by our clock.
+    beat_us: u64,
     /// When HELLO was sent.
     asked_us: u64,
     /// The newest Ack's time by the target's clock, and when it was taken by ours.
@@ -82,10 +87,13 @@ pub(super) fn session(
     let mut control = shipper.source.control().map_err(SessionError::Filter)?;
     let positions = control.wait(None, Duration::ZERO).map_err(SessionError::Filter)?;
     let asked_us = shipper.clock.mono_us();
-    let ack = greet(shipper, channel, &positions)?;
+    let ack = greet(shipper, channel, control.as_mut(), &positions)?;
     let rtt_us = shipper.clock.mono_us().saturating_sub(asked_us);
-    let mut journal = shipper.source.journal()?;
     let mut start = decide(&positions, &ack);
+    // Before anything can fail: it may be less than the filter believes.
+    let told = held(&start, &ack);
+    control.ship_floor(told.0, told.1).map_err(SessionError::Filter)?;
+    let mut journal = shipper.source.journal()?;
     if let Start::Stream { from } | Start::ResumeSeed { from, .. } = start {
         match journal.read(from, positions.durable, 4096) {
             Ok(_) => {}
@@ -99,7 +107,6 @@ pub(super) fn session(
     let (from, plan) = begin(shipper, channel, control.as_mut(), &positions, start)?;
     // Follows only now: what it knows is not from before a seed began.
     let feed = Feed::start(&shipper.source, &shipper.clock, &wake).map_err(SessionError::Filter)?;
-    feed.set_floor(from);
     let known = feed.known().map_err(SessionError::Filter)?;
     let limits = Limits { chunk_bytes: shipper.group.chunk_bytes, ..Limits::default() };
     let codec = if channel.is_local() { Controller::uncompressed() } else { Controller::default() };
@@ -118,10 +125,12 @@ pub(super) fn session(
         encoder: Encoder::new().map_err(SessionError::Codec)?,
         shipped: from,
         target_durable: from,
+        told,
         window: Default::default(),
         window_bytes: 0,
         epoch_bytes: 0,
         heartbeat_due: 0,
+        beat_us: 0,
         asked_us,
         ack_us: None,
         rtt_us,
@@ -139,6 +148,7 @@ pub(super) fn session(
 fn greet(
     shipper: &Shipper,
     channel: &mut Channel,
+    control: &mut dyn Control,
     positions: &Positions,
 ) -> Result<HelloAck, SessionError> {
     let hello = Hello {
@@ -162,7 +172,13 @@ fn greet(
     let answer = channel.recv(ANSWER_MAX)?;
     match answer.kind() {
         Kind::HelloAck => Ok(answer.parse()?),
-        Kind::Error => Err(SessionError::Told(answer.parse()?)),
+        Kind::Error => {
+            let why: ErrorMessage = answer.parse()?;
+            if why.code.denies_the_copy() {
+                control.ship_floor(Lsn(0), false).map_err(SessionError::Filter)?;
+            }
+            Err(SessionError::Told(why))
+        }
         _ => Err(SessionError::OutOfTurn),
     }
 }
@@ -215,7 +231,7 @@ impl Session<'_> {
             copier,
             step: None,
             end: None,
-            ended: false,
+            ended: None,
             meter: Meter::default(),
             done,
             sent_bytes: 0,
@@ -289,18 +305,22 @@ impl Session<'_> {
         // An Ack from before a SeedBegin that is on its way says an older position.
         if ack.durable > self.target_durable && ack.durable <= self.shipped {
             self.target_durable = ack.durable;
-            self.feed.set_floor(ack.durable);
+        }
+        if self.seeding.as_ref().is_some_and(|s| is_seed_over(s.ended, ack)) {
+            self.seeding = None;
+            tracing::info!(group = %self.shipper.group.group, "the copy is complete");
+        }
+        let whole = self.seeding.is_none() && is_whole(ack.durable, ack.seed, ack.consistent);
+        let told = (ack.durable, whole);
+        if ack.durable == self.target_durable && told != self.told {
+            self.told = told;
+            self.feed.set_floor(told.0, told.1);
         }
         while let Some((end, bytes)) = self.window.front().copied()
             && end <= self.target_durable
         {
             self.window.pop_front();
             self.window_bytes -= bytes;
-        }
-        let over = self.seeding.as_ref().is_some_and(|s| s.ended) && ack.seed.is_none();
-        if over {
-            self.seeding = None;
-            tracing::info!(group = %self.shipper.group.group, "the copy is complete");
         }
         self.show(known, Some(ack));
     }
@@ -319,6 +339,7 @@ impl Session<'_> {
         };
         self.channel.send(&FrameBuf::message(Kind::Heartbeat, &beat)?)?;
         self.heartbeat_due = now + HEARTBEAT_US;
+        self.beat_us = now;
         Ok(())
     }
 
@@ -389,7 +410,7 @@ impl Session<'_> {
 
     fn send_copy(&mut self, known: &Known, now: u64) -> Result<bool, SessionError> {
         let Some(seeding) = &mut self.seeding else { return Ok(false) };
-        if seeding.ended {
+        if seeding.ended.is_some() {
             return Ok(false);
         }
         let durable = known.positions.durable;
@@ -399,7 +420,8 @@ impl Session<'_> {
                 return Ok(false);
             }
             self.channel.send(&FrameBuf::message(Kind::SeedEnd, &SeedEnd { e: durable })?)?;
-            seeding.ended = true;
+            seeding.ended = Some(self.beat_us);
+            self.heartbeat_due = now;
             return Ok(true);
         }
         if seeding.step.is_none() {

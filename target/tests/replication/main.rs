@@ -118,6 +118,11 @@ impl Site {
         let store = self.store.group(&name("g")).unwrap();
         let points = store.points(PointQuery { since_us: None, tagged: false, limit: None });
         let usable: Vec<_> = points.iter().filter(|p| p.usable).collect();
+        for whole in &source.lock().whole {
+            // Points of a copy under way never become usable below its end.
+            let held = usable.iter().any(|p| p.lsn == *whole);
+            assert!(held, "a complete copy was told of at {whole}");
+        }
         let step = usable.len().div_ceil(at_most).max(1);
         for point in usable.iter().step_by(step) {
             let expected = source.at(point.lsn.0);
@@ -239,6 +244,10 @@ fn a_disk_in_use_is_seeded_and_every_point_is_a_prefix() {
             let positions = source.lock().positions.clone();
             positions.ship_floor == positions.durable
         });
+        site.until("the complete copy is told of", || {
+            let state = source.lock();
+            state.told == (state.positions.durable, true)
+        });
         assert!(site.store.group(&name("g")).unwrap().has_tag(&name("before-update")));
         assert_eq!(source.lock().seeds, 1);
     });
@@ -294,7 +303,14 @@ fn a_frozen_group_is_seeded_again_and_old_points_stay() {
         state.kept_from = state.positions.durable.0;
     }
     scribble(&source, &mut random, 50);
-    shipping(&shipper, || site.until_holds(source.durable()));
+    source.lock().whole.clear();
+    shipping(&shipper, || {
+        site.until_holds(source.durable());
+        site.until("the new copy is told of", || {
+            let state = source.lock();
+            state.told == (state.positions.durable, true)
+        });
+    });
     assert_eq!(source.lock().seeds, 2);
     assert!(site.check_points(&source, 40) > before);
 }
@@ -335,6 +351,7 @@ fn a_restarted_source_goes_on_and_one_that_forgot_is_never_merged() {
             shipper.shown.get(site.clock.mono_us()).state == State::Diverged
         });
     });
+    assert_eq!(source.lock().told, (Lsn(0), false), "what it holds is not what the disks hold");
     assert_eq!(site.handle.status()[0].last, held);
 }
 
@@ -362,6 +379,7 @@ fn a_newer_generation_takes_a_seed_over_and_the_older_one_is_fenced() {
     shipping(&shipper, || {
         site.until("the older one is refused", || shipper.shown.get(0).state == State::Refused);
     });
+    assert_eq!(source.lock().told, (Lsn(0), false));
     assert_eq!(site.handle.status()[0].generation, 2);
 }
 
@@ -388,6 +406,7 @@ fn a_token_admits_one_machine_and_strangers_get_nothing() {
     shipping(&stranger, || {
         site.until("refused", || stranger.shown.get(0).state == State::Refused);
     });
+    assert_eq!(source.lock().told, (Lsn(0), false), "the copy there is another's");
     let config = replicator::enroll::AgentConfig::load(&RealFiles, &other).unwrap().unwrap();
     let mut client = RpcClient::connect(&RealFiles, &site.clock, &other, &config).unwrap();
     let check = Rpc::CheckGroup { group: name("g"), uuid: None };

@@ -31,6 +31,10 @@ pub(crate) struct State {
     /// Batches below are no longer in the journal.
     pub kept_from: u64,
     pub seeds: u32,
+    /// What was last told of the target: its position, and whether as a complete copy.
+    pub told: (Lsn, bool),
+    /// Everything that was told of complete copies.
+    pub whole: Vec<Lsn>,
 }
 
 #[derive(Clone, Debug)]
@@ -53,6 +57,8 @@ impl MemSource {
             positions,
             kept_from: 4096,
             seeds: 0,
+            told: (Lsn(0), false),
+            whole: Vec::new(),
         })))
     }
 
@@ -163,10 +169,14 @@ impl Control for MemSource {
         Ok(state.positions.durable)
     }
 
-    fn ship_floor(&mut self, lsn: Lsn) -> io::Result<Positions> {
+    fn ship_floor(&mut self, lsn: Lsn, whole: bool) -> io::Result<Positions> {
         let mut state = self.lock();
         assert!(lsn <= state.positions.durable, "the target holds what is not durable");
         state.positions.ship_floor = state.positions.ship_floor.max(lsn);
+        state.told = (lsn, whole);
+        if whole {
+            state.whole.push(lsn);
+        }
         Ok(state.positions.clone())
     }
 }

@@ -102,6 +102,7 @@ impl Export for Remote {
             block_preferred: info.block_preferred,
             fast_zero: true,
             trim: true,
+            dirty_map: false,
             description: format!("protected disk {}", self.name),
         }
     }

@@ -13,6 +13,7 @@ fn export() -> ExportInfo {
         block_preferred: 4096,
         fast_zero: true,
         trim: true,
+        dirty_map: false,
         description: "a disk".to_owned(),
     }
 }
@@ -47,8 +48,8 @@ fn queries(name: &str, queries: &[&str]) -> Vec<u8> {
     out
 }
 
-/// Drives a handshake with one export, `a`; gives `(option, reply)` pairs
-/// and the other events.
+/// Drives a handshake with two exports, `a` and `d` which has a dirty map; gives
+/// `(option, reply)` pairs and the other events.
 fn run(tls: TlsMode, mut input: &[u8]) -> (Vec<(u32, u32)>, Vec<HandshakeEvent>) {
     let mut handshake = Handshake::new(HandshakeConfig { tls });
     let (mut sent, mut events) = (Vec::new(), Vec::new());
@@ -59,6 +60,9 @@ fn run(tls: TlsMode, mut input: &[u8]) -> (Vec<(u32, u32)>, Vec<HandshakeEvent>)
                 HandshakeEvent::ListExports => handshake.listed(["a"]),
                 HandshakeEvent::OpenExport { name, .. } if name == "a" => {
                     handshake.opened(Ok(export()));
+                }
+                HandshakeEvent::OpenExport { name, .. } if name == "d" => {
+                    handshake.opened(Ok(ExportInfo { dirty_map: true, ..export() }));
                 }
                 HandshakeEvent::OpenExport { name, .. } => {
                     handshake.opened(Err(OpenError::Unknown(name.clone())));
@@ -109,8 +113,87 @@ fn go_with_all_extras_reaches_transmission() {
     let expected = [&[rep::ACK, rep::META_CONTEXT, rep::ACK], &infos[..], &[rep::ACK]].concat();
     assert_eq!(kinds, expected);
     let negotiated = negotiated(&events).unwrap();
-    assert!(negotiated.structured && negotiated.base_allocation);
+    assert!(negotiated.structured);
+    assert_eq!(negotiated.contexts, Contexts::default().with(Context::Allocation));
     assert_eq!((negotiated.name.as_str(), negotiated.block_min), ("a", 512));
+}
+
+/// Ids and names of the contexts that an option was answered with.
+fn contexts(events: &[HandshakeEvent]) -> Vec<(u32, String)> {
+    let bytes = events.iter().filter_map(|e| match e {
+        HandshakeEvent::Send(bytes) => Some(bytes.as_slice()),
+        _ => None,
+    });
+    let sent = bytes.collect::<Vec<_>>().concat();
+    let mut fields = Fields(&sent[18..]);
+    let mut found = Vec::new();
+    while fields.u64() == Some(OPTION_REPLY_MAGIC) {
+        let (_, kind, len) = (fields.u32(), fields.u32(), fields.u32().unwrap() as usize);
+        let mut data = Fields(fields.bytes(len).unwrap());
+        if kind == Some(rep::META_CONTEXT) {
+            let id = data.u32().unwrap();
+            found.push((id, String::from_utf8(data.0.to_vec()).unwrap()));
+        }
+    }
+    found
+}
+
+#[test]
+fn contexts_are_listed_by_namespace_and_only_where_the_export_has_them() {
+    let both = ["base:allocation", "standfast:dirty"];
+    for (export, asked, found) in [
+        ("d", &[][..], &both[..]),
+        ("d", &["standfast:", "base:"], &both),
+        ("d", &["standfast:"], &both[1..]),
+        ("d", &["base:allocation", "standfast:nothing"], &both[..1]),
+        ("d", &["standfast:d", "standfast", ":", "", "qemu:"], &[]),
+        ("a", &[], &both[..1]),
+        ("a", &["standfast:dirty", "standfast:"], &[]),
+    ] {
+        let list = option(opt::LIST_META_CONTEXT, &queries(export, asked));
+        let input = [FLAGS.to_vec(), option(opt::STRUCTURED_REPLY, &[]), list].concat();
+        let (replies, events) = run(TlsMode::Off, &input);
+        let expected: Vec<_> = found.iter().map(|name| (0, (*name).to_owned())).collect();
+        assert_eq!(contexts(&events), expected, "{export} {asked:?}");
+        assert_eq!(replies.last(), Some(&(opt::LIST_META_CONTEXT, rep::ACK)));
+    }
+}
+
+#[test]
+fn contexts_are_chosen_by_their_whole_name_for_one_export_and_anew_each_time() {
+    let set = |export: &str, asked: &[&str]| option(opt::SET_META_CONTEXT, &queries(export, asked));
+    let structured = option(opt::STRUCTURED_REPLY, &[]);
+    let (allocation, dirty) = ((1, "base:allocation"), (2, "standfast:dirty"));
+    let none = Contexts::default();
+    let only = |context| none.with(context);
+    for (options, told, agreed) in [
+        (
+            vec![set("d", &["standfast:dirty", "base:allocation"])],
+            vec![allocation, dirty],
+            Contexts::ALL,
+        ),
+        (vec![set("d", &["standfast:dirty"])], vec![dirty], only(Context::Dirty)),
+        (vec![set("d", &["base:", "standfast:"])], vec![], none),
+        (vec![set("d", &[])], vec![], none),
+        (vec![set("d", &["base:allocation"]), set("d", &["x:y"])], vec![allocation], none),
+        (vec![set("a", &["base:allocation", "standfast:dirty"])], vec![allocation], none),
+        (
+            vec![set("d", &["base:allocation"]), set("d", &["standfast:dirty"])],
+            vec![allocation, dirty],
+            only(Context::Dirty),
+        ),
+    ] {
+        let go = option(opt::GO, &named("d", &[]));
+        let input = [FLAGS.to_vec(), structured.clone(), options.concat(), go.clone()].concat();
+        let (_, events) = run(TlsMode::Off, &input);
+        let told: Vec<_> = told.into_iter().map(|(id, name)| (id, name.to_owned())).collect();
+        assert_eq!(contexts(&events), told);
+        assert_eq!(negotiated(&events).unwrap().contexts, agreed);
+        let plain = [FLAGS.to_vec(), options.concat(), go].concat();
+        let (replies, events) = run(TlsMode::Off, &plain);
+        assert_eq!(replies[0], (opt::SET_META_CONTEXT, rep::ERR_INVALID));
+        assert_eq!(negotiated(&events).unwrap().contexts, none, "no structured replies");
+    }
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::nbd::listen::Accepted;
 use crate::nbd::out::{Buffers, Out};
 use crate::nbd::proto::REQUEST_LEN;
 use crate::nbd::transmission::{
-    self, BadMagic, Decision, EXTENTS_MAX, Header, Limits, Request, block_status, reply_data,
+    self, BadMagic, Decision, EXTENTS_MAX, Header, Limits, Request, allocation_status, reply_data,
     reply_error, reply_ok,
 };
 
@@ -334,7 +334,7 @@ impl Connection<'_> {
                 let max = if one { 1 } else { EXTENTS_MAX };
                 match export.extents(offset, u64::from(len), max) {
                     Ok(extents) if !extents.is_empty() => {
-                        self.out.add(|o| block_status(o, header.cookie, &extents));
+                        self.out.add(|o| allocation_status(o, header.cookie, &extents, true));
                         return Ok(());
                     }
                     Ok(_) => Err(Errno::Io),
