@@ -49,7 +49,9 @@ struct Maps {
 
 /// Bits in pages that are there once one of their bits was set.
 #[derive(Debug, Default)]
-struct Bits(BTreeMap<u64, Box<[u64; WORDS]>>);
+struct Bits(BTreeMap<u64, Box<Page>>);
+
+type Page = [u64; WORDS];
 
 impl Dirty {
     /// Nothing is known of the target, nor of records below `head`.
@@ -113,15 +115,15 @@ impl Dirty {
         let nothing = Maps::default();
         let maps = self.disks.get(usize::from(disk)).unwrap_or(&nothing);
         let (mut at, end) = (offset, offset + len);
+        let known = self.is_known();
         while at < end && extents.len() < max {
             let block = at / DIRTY_BLOCK;
-            let dirty = !self.is_known() || maps.is_set(block);
-            let next = match self.is_known() {
-                true => {
-                    end.min(maps.run_end(block, end.div_ceil(DIRTY_BLOCK), dirty) * DIRTY_BLOCK)
-                }
+            let dirty = !known || maps.is_set(block);
+            let next = match known {
+                true => maps.run_end(block, end.div_ceil(DIRTY_BLOCK), dirty) * DIRTY_BLOCK,
                 false => end,
             };
+            let next = next.min(end);
             extents.push(DirtyExtent { len: next - at, dirty });
             at = next;
         }
@@ -130,30 +132,31 @@ impl Dirty {
 }
 
 impl Maps {
-    fn word(&self, index: u64) -> u64 {
-        self.current.word(index) | self.previous.word(index)
-    }
-
     fn is_set(&self, block: u64) -> bool {
-        self.word(block / 64) >> (block % 64) & 1 == 1
+        self.run_end(block, block + 1, false) == block
     }
 
     /// The first block from `from` on, below `end`, that is not as `set` says; else `end`.
+    /// By pages: one request may ask for the whole of a disk of which little was written.
     fn run_end(&self, from: u64, end: u64, set: bool) -> u64 {
         let mut at = from;
         while at < end {
-            let word = self.word(at / 64);
-            let others = if set { !word } else { word } >> (at % 64);
-            if others != 0 {
-                return end.min(at + u64::from(others.trailing_zeros()));
+            let page = at / PAGE_BITS;
+            let pages = [self.current.page(page), self.previous.page(page)];
+            if let Some(bit) = first_other(pages, (at % PAGE_BITS) as usize, set) {
+                return end.min(page * PAGE_BITS + bit as u64);
             }
-            at = (at / 64 + 1) * 64;
+            at = (page + 1) * PAGE_BITS;
         }
         end
     }
 }
 
 impl Bits {
+    fn page(&self, number: u64) -> Option<&Page> {
+        self.0.get(&number).map(Box::as_ref)
+    }
+
     /// Sets blocks `first..=last`.
     fn set(&mut self, first: u64, last: u64) {
         let mut at = first;
@@ -165,15 +168,27 @@ impl Bits {
             at = end + 1;
         }
     }
+}
 
-    fn word(&self, index: u64) -> u64 {
-        let page = self.0.get(&(index / WORDS as u64));
-        page.map_or(0, |words| words[(index % WORDS as u64) as usize])
+/// The first bit from `from` on that is not as `set` says in the union of two pages.
+fn first_other(pages: [Option<&Page>; 2], from: usize, set: bool) -> Option<usize> {
+    if pages == [None, None] {
+        return set.then_some(from);
     }
+    let mut mask = u64::MAX << (from % 64);
+    for index in from / 64..WORDS {
+        let word = pages.iter().flatten().fold(0, |word, page| word | page[index]);
+        let others = if set { !word } else { word } & mask;
+        if others != 0 {
+            return Some(index * 64 + others.trailing_zeros() as usize);
+        }
+        mask = u64::MAX;
+    }
+    None
 }
 
 /// Sets bits `first..=last`.
-fn fill(words: &mut [u64; WORDS], first: usize, last: usize) {
+fn fill(words: &mut Page, first: usize, last: usize) {
     let head = u64::MAX << (first % 64);
     let tail = u64::MAX >> (63 - last % 64);
     let (first, last) = (first / 64, last / 64);

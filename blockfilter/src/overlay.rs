@@ -150,24 +150,43 @@ impl Overlay {
         while at < end {
             let start = at / BLOCK * BLOCK;
             let stop = end.min(start + BLOCK);
-            match self.blocks.get(&(start / BLOCK)) {
+            let (stop, source) = match self.blocks.get(&(start / BLOCK)) {
                 Some(entry) if entry.mask == 0xff && self.zeroes.is_empty() => {
-                    push(out, at, stop, Source::Arena(entry.base + (at - start)));
+                    (stop, Source::Arena(entry.base + (at - start)))
                 }
-                None if self.zeroes.is_empty() => push(out, at, stop, Source::Disk),
-                entry => self.lookup_sectors(entry, at, stop, out),
-            }
+                Some(entry) => {
+                    self.lookup_sectors(entry, at, stop, out);
+                    at = stop;
+                    continue;
+                }
+                None => self.zero_or_disk(at, stop),
+            };
+            push(out, at, stop, source);
             at = stop;
         }
     }
 
-    fn lookup_sectors(&self, entry: Option<&Entry>, from: u64, to: u64, out: &mut Vec<Piece>) {
+    /// Where a range begins of which nothing was written, and how far that goes.
+    fn zero_or_disk(&self, at: u64, stop: u64) -> (u64, Source) {
+        if self.zeroes.is_empty() {
+            return (stop, Source::Disk);
+        }
+        match self.zeroes.range(..=at).next_back() {
+            Some((_, (end, _))) if *end > at => (stop.min(*end), Source::Zero),
+            _ => {
+                let next = self.zeroes.range(at..).next();
+                (next.map_or(stop, |(start, _)| stop.min(*start)), Source::Disk)
+            }
+        }
+    }
+
+    fn lookup_sectors(&self, entry: &Entry, from: u64, to: u64, out: &mut Vec<Piece>) {
         let block = from / BLOCK * BLOCK;
         let mut at = from;
         while at < to {
             let sector = (at - block) / SECTOR;
             let stop = to.min(block + (sector + 1) * SECTOR);
-            let write = entry.and_then(|e| e.newest(1 << sector));
+            let write = entry.newest(1 << sector);
             let zero = self.zero_at(at);
             let source = match (write, zero) {
                 (Some(w), Some(z)) if z > w.lsn => Source::Zero,

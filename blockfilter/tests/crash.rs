@@ -95,7 +95,7 @@ fn after_a_kill_every_acknowledged_write_is_there() {
                 carry_out(&mut volume, &mut model, &site.clock, &act);
                 // A target that keeps up: slots are given up long before a super block says so.
                 let durable = volume.positions().durable;
-                volume.ship_floor(durable.0);
+                volume.target_holds(1, durable.0, true);
             }
             assert!(content(&mut volume) == model);
         }
@@ -525,7 +525,7 @@ fn a_slot_freed_by_the_target_is_free_after_a_kill_too() {
     let (used, capacity) = volume.filter().journal_use();
     assert_eq!((used, volume.positions().mode), (capacity, Mode::Shipping));
     let durable = volume.positions().durable;
-    volume.ship_floor(durable.0);
+    volume.target_holds(1, durable.0, true);
     while chunk(volume.positions().admitted) < 9 {
         volume.write(0, 0, &data, false).unwrap();
     }

@@ -67,7 +67,8 @@ pub struct EpochError(pub u64, pub &'static str);
 /// When epochs end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Caught up, after a batch that a FLUSH waited for: not before, microseconds.
+    /// Caught up, after a batch that a FLUSH waited for or was foreseen to: not before,
+    /// microseconds.
     /// Each end is a point that the target keeps, and one sync there.
     pub min_us: u64,
     /// Caught up: not after, microseconds.

@@ -208,13 +208,6 @@ pub enum ErrorCode {
     Other,
 }
 
-impl ErrorCode {
-    /// Whether a target that answers HELLO with it has no copy that is ours.
-    pub fn denies_the_copy(self) -> bool {
-        matches!(self, Self::NameTaken | Self::NotFound | Self::Fenced | Self::Diverged)
-    }
-}
-
 /// Requests outside of a replication session, one at a time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "rpc", rename_all = "snake_case")]

@@ -312,7 +312,7 @@ impl SimGroup {
                 let durable = self.volume.positions().durable.0;
                 if self.rng.below(3) == 0 && durable > self.floor {
                     self.floor = durable;
-                    self.volume.filter().ship_floor(durable);
+                    self.volume.target_holds(1, durable, true);
                 }
             }
             30..36 => self.zero(disk, offset, len),

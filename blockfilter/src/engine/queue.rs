@@ -77,6 +77,8 @@ pub enum Op {
         disk: u8,
         /// Where to look.
         ranges: Vec<(u64, u64)>,
+        /// Extents after which the answer may end.
+        max: usize,
     },
 }
 
@@ -170,8 +172,8 @@ impl Target {
                 });
                 Done::Read { token, buf, result }
             }
-            Op::Extents { token, disk, ranges } => {
-                Done::Extents { token, result: self.extents(disk, &ranges) }
+            Op::Extents { token, disk, ranges, max } => {
+                Done::Extents { token, result: self.extents(disk, &ranges, max) }
             }
         }
     }
@@ -235,23 +237,38 @@ impl Target {
 
     /// Holes count only after what we wrote is synced, and only where the file
     /// system is known to tell the truth (ruling 20).
-    fn extents(&self, disk: u8, ranges: &[(u64, u64)]) -> io::Result<Vec<Vec<Extent>>> {
+    fn extents(
+        &self,
+        disk: u8,
+        ranges: &[(u64, u64)],
+        mut max: usize,
+    ) -> io::Result<Vec<Vec<Extent>>> {
         let file = &self.disks[usize::from(disk)];
         if !self.holes[usize::from(disk)] {
             let data = |len| vec![Extent { len, hole: false, zero: false }];
             return Ok(ranges.iter().map(|(_, len)| data(*len)).collect());
         }
         self.sync_disk(usize::from(disk))?;
-        ranges.iter().map(|(offset, len)| file_extents(file.as_ref(), *offset, *len)).collect()
+        let mut found = Vec::new();
+        for (offset, len) in ranges {
+            let extents = file_extents(file.as_ref(), *offset, *len, max)?;
+            max = max.saturating_sub(extents.len());
+            found.push(extents);
+            if max == 0 {
+                break;
+            }
+        }
+        Ok(found)
     }
 }
 
-/// Extents of a file's range by SEEK_DATA and SEEK_HOLE.
-pub fn file_extents(file: &dyn File, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
+/// Extents of a file's range by SEEK_DATA and SEEK_HOLE, from its start on; not many
+/// more than `max`.
+fn file_extents(file: &dyn File, offset: u64, len: u64, max: usize) -> io::Result<Vec<Extent>> {
     let end = offset + len;
     let mut at = offset;
     let mut extents = Vec::new();
-    while at < end {
+    while at < end && extents.len() < max {
         let (from, to) = file.next_data(at)?.unwrap_or((end, end));
         let (from, to) = (from.clamp(at, end), to.min(end));
         if from > at {
@@ -538,7 +555,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (target, slow, ..) = target(dir.path());
         slow.broken.store(true, Ordering::SeqCst);
-        let query = Op::Extents { token: 1, disk: 0, ranges: vec![(0, 4096)] };
+        let query = Op::Extents { token: 1, disk: 0, ranges: vec![(0, 4096)], max: 1 };
         assert!(matches!(target.execute(query), Done::Extents { result: Err(_), .. }));
         slow.broken.store(false, Ordering::SeqCst);
         assert!(matches!(target.execute(Op::SyncDisks), Done::SyncDisks(Ok(()))));

@@ -2,7 +2,7 @@
 //! the commit runs while the client still takes the answers of its writes. (pure)
 //!
 //! A wrong guess costs one early commit: what was not foreseen right is not foreseen
-//! again before it was seen [`REGULAR`] times.
+//! again before an interval was repeated [`REGULAR`] times.
 
 /// When a flush is about to come.
 #[derive(Clone, Copy, Debug, Default)]
@@ -37,7 +37,7 @@ impl Foresee {
     }
 }
 
-/// Equal intervals in a row that make a flush foreseen.
+/// Repeats of an interval that make the next flush foreseen.
 const REGULAR: u32 = 3;
 
 #[cfg(test)]

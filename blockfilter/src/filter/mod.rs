@@ -272,6 +272,7 @@ impl Filter {
         let fill = fill.max().unwrap_or(0).max(open_lsn + PAGE);
         let starts_chunk = open_lsn % config.geometry.chunk == PAGE;
         let chunk_open = !start.open.is_empty() || !starts_chunk;
+        let admitted = open_lsn + start.open.len() as u64;
         let open = OpenBatch { lsn: open_lsn, fill, descs: start.open, since: now, chunk_open };
         let mut filter = Self {
             config,
@@ -285,7 +286,7 @@ impl Filter {
             applied: start.applied,
             applied_crc: start.applied_crc,
             ship_floor: start.sup.ship_floor.get(),
-            dirty: Dirty::new(0),
+            dirty: Dirty::new(admitted),
             mode,
             slots: start.slots,
             sup: start.sup,
@@ -309,7 +310,6 @@ impl Filter {
             no_space: [false; DISKS_MAX],
             wall: 0,
         };
-        filter.dirty.forget(filter.admitted());
         filter.queue_undurable();
         filter.check();
         filter
@@ -428,7 +428,7 @@ impl Filter {
     }
 
     /// The target holds everything below `pos`.
-    pub fn ship_floor(&mut self, pos: u64) {
+    fn ship_floor(&mut self, pos: u64) {
         let shipping = match self.mode {
             Mode::Shipping => true,
             Mode::BackingFailed => self.sup.mode == MODE_SHIPPING,

@@ -510,8 +510,7 @@ impl Conn {
                     // No question to the file: the answer is in memory.
                     return self.add_dirty(volume, disk, header, one);
                 }
-                let cost = if one { 0 } else { STATUS_COST };
-                let token = self.wait(header, cost, one);
+                let token = self.wait(header, STATUS_COST, one);
                 volume.extents(token, disk, offset, u64::from(len));
             }
             Request::Cache { .. } => self.out.add(|o| reply_ok(o, structured, &header)),

@@ -22,6 +22,7 @@ use crate::engine::{Clock, Files};
 use crate::filter::{Action, Filter, Memory, NewRecord, Stall};
 use crate::journal::format::{REC_FUA, REC_NO_HOLE, RecOp};
 use crate::names::Name;
+use crate::nbd::transmission::EXTENTS_MAX;
 use crate::overlay::{Overlay, Piece, Source};
 
 /// The arena as the filter writes it.
@@ -328,13 +329,18 @@ impl Volume {
     }
 
     /// Starts to find the allocation of a range; overlay first, then the file (ruling 20).
+    /// The answer may cover only its first part, as large as one question may cost.
     pub fn extents(&mut self, token: u64, disk: u8, offset: u64, len: u64) {
         let mut pieces = Vec::new();
-        self.overlays[usize::from(disk)].lookup(offset, len, &mut pieces);
+        let overlay = &self.overlays[usize::from(disk)];
+        // Block by block.
+        let len = if overlay.is_empty() { len } else { len.min(EXTENTS_BYTES) };
+        overlay.lookup(offset, len, &mut pieces);
+        pieces.truncate(EXTENTS_MAX);
         let disk_pieces = pieces.iter().filter(|p| p.source == Source::Disk);
         let ranges = disk_pieces.map(|p| (p.offset, p.len)).collect();
         self.extents.insert(token, pieces);
-        self.engine.submit(Op::Extents { token, disk, ranges });
+        self.engine.submit(Op::Extents { token, disk, ranges, max: EXTENTS_MAX });
     }
 
     /// As [`Filter::dirty`].
@@ -353,14 +359,8 @@ impl Volume {
         !self.filter.wait_durable(pos, token)
     }
 
-    /// The target holds everything below `pos`. Said in the arena before a slot that this
-    /// frees can be used: a start after a kill must find it free too (I5).
-    pub fn ship_floor(&mut self, pos: u64) {
-        self.filter.ship_floor(pos);
-        self.publish();
-    }
-
-    /// As [`Filter::target_holds`], and as [`Volume::ship_floor`].
+    /// As [`Filter::target_holds`]. Said in the arena before a slot that this frees can be
+    /// used: a start after a kill must find it free too (I5).
     pub fn target_holds(&mut self, teller: u64, pos: u64, whole: bool) {
         self.filter.target_holds(teller, pos, whole);
         self.publish();
@@ -379,8 +379,8 @@ impl Volume {
         self.filter.admit_mark(tag, app, &mut self.memory, now).map_err(|_| Refusal::Stalled)
     }
 
-    /// Whether only one connection is active. Then a commit that it waits for is
-    /// carried out by the caller of [`Volume::turn`].
+    /// Whether only one connection is active. Then a commit that it waits for, or will
+    /// as is foreseen, is carried out by the caller of [`Volume::turn`].
     pub fn set_alone(&mut self, alone: bool) {
         self.alone = alone;
     }
@@ -462,7 +462,7 @@ impl Volume {
         self.engine.submit(op);
     }
 
-    /// Commits in this thread: with one client, which waits, handing the work over and
+    /// Commits in this thread: with one client, which waits or is about to, handing the work over and
     /// back costs more than nothing gains. Not after the journal was slow.
     fn commit_here(&mut self, op: Op) {
         let before = self.clock.mono_us();
@@ -645,7 +645,8 @@ impl Volume {
     }
 }
 
-/// Puts the overlay's pieces and the file's extents of the disk pieces together.
+/// Puts the overlay's pieces and the file's extents of the disk pieces together, up to
+/// where the file's end early.
 fn merge_extents(pieces: &[Piece], from_disk: Vec<Vec<Extent>>) -> Vec<Extent> {
     let mut merged: Vec<Extent> = Vec::new();
     let mut add = |extent: Extent| match merged.last_mut() {
@@ -659,12 +660,21 @@ fn merge_extents(pieces: &[Piece], from_disk: Vec<Vec<Extent>>) -> Vec<Extent> {
         match piece.source {
             Source::Arena(_) => add(Extent { len: piece.len, hole: false, zero: false }),
             Source::Zero => add(Extent { len: piece.len, hole: true, zero: true }),
-            Source::Disk => from_disk.next().unwrap_or_default().into_iter().for_each(&mut add),
+            Source::Disk => {
+                let extents = from_disk.next().unwrap_or_default();
+                let covered: u64 = extents.iter().map(|extent| extent.len).sum();
+                extents.into_iter().for_each(&mut add);
+                if covered < piece.len {
+                    break;
+                }
+            }
         }
     }
     merged
 }
 
+/// Most bytes of a disk with unapplied writes that one question for extents is answered for.
+const EXTENTS_BYTES: u64 = 64 << 20;
 /// Bytes that stay free on a file system that holds a sparse image.
 pub const SPACE_MARGIN: u64 = 16 << 20;
 const SPACE_CHECK_EVERY: u64 = 50_000;
@@ -672,3 +682,27 @@ const SPACE_CHECK_EVERY: u64 = 50_000;
 const HERE_MAX: u64 = 5_000;
 /// ... lets the engine do them for so long.
 const HERE_PAUSE: u64 = 1_000_000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_follows_an_answer_that_ended_early_is_not_told() {
+        let piece = |offset, source| Piece { offset, len: 4096, source };
+        let pieces = [
+            piece(0, Source::Arena(8192)),
+            piece(4096, Source::Disk),
+            piece(8192, Source::Zero),
+            piece(12288, Source::Disk),
+        ];
+        let hole = |len| Extent { len, hole: true, zero: true };
+        let data = |len| Extent { len, hole: false, zero: false };
+        let all = merge_extents(&pieces, vec![vec![hole(4096)], vec![hole(4096)]]);
+        assert_eq!(all, [data(4096), hole(12288)]);
+        let second_missing = merge_extents(&pieces, vec![vec![hole(4096)]]);
+        assert_eq!(second_missing, [data(4096), hole(8192)]);
+        let first_cut = merge_extents(&pieces, vec![vec![hole(512)]]);
+        assert_eq!(first_cut, [data(4096), hole(512)]);
+    }
+}

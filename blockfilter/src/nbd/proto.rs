@@ -176,8 +176,9 @@ pub const BASE_ALLOCATION: &str = "base:allocation";
 ///
 /// State 0: the target durably holds this extent as it is now. [`STATE_DIRTY`] (the bit of
 /// `qemu:dirty-bitmap`): it may not. Clean is never said of what may differ, as far as the
-/// target's last word goes; dirty is also said of what is equal: of a block of 64 KiB for a
-/// change of a part of it, for a moment after the target acknowledged it, of everything until
+/// target's last word goes and as far as the disk was written through its filter only; dirty is
+/// also said of what is equal: of a block of 64 KiB for a change of a part of it, until the
+/// target has also taken what was ahead of that when it was found behind, of everything until
 /// the first copy is complete, while the group is frozen or its journal or a disk failed, and
 /// from a start of the filter until the target holds what was written before it.
 pub const STANDFAST_DIRTY: &str = "standfast:dirty";

@@ -58,8 +58,9 @@ struct Session<'a> {
     encoder: Encoder,
     shipped: Lsn,
     target_durable: Lsn,
-    /// What the filter was last told: to where, and whether of a complete copy.
-    told: (Lsn, bool),
+    /// What the filter was told last by this session's feed: to where, and whether of a
+    /// complete copy.
+    told: Option<(Lsn, bool)>,
     /// Sent epochs that are not acknowledged: end and bytes.
     window: std::collections::VecDeque<(Lsn, u64)>,
     window_bytes: u64,
@@ -91,8 +92,8 @@ pub(super) fn session(
     let rtt_us = shipper.clock.mono_us().saturating_sub(asked_us);
     let mut start = decide(&positions, &ack);
     // Before anything can fail: it may be less than the filter believes.
-    let told = held(&start, &ack);
-    control.ship_floor(told.0, told.1).map_err(SessionError::Filter)?;
+    let (from, whole) = held(&start, &ack);
+    control.ship_floor(from, whole).map_err(SessionError::Filter)?;
     let mut journal = shipper.source.journal()?;
     if let Start::Stream { from } | Start::ResumeSeed { from, .. } = start {
         match journal.read(from, positions.durable, 4096) {
@@ -125,7 +126,7 @@ pub(super) fn session(
         encoder: Encoder::new().map_err(SessionError::Codec)?,
         shipped: from,
         target_durable: from,
-        told,
+        told: None,
         window: Default::default(),
         window_bytes: 0,
         epoch_bytes: 0,
@@ -173,11 +174,9 @@ fn greet(
     match answer.kind() {
         Kind::HelloAck => Ok(answer.parse()?),
         Kind::Error => {
-            let why: ErrorMessage = answer.parse()?;
-            if why.code.denies_the_copy() {
-                control.ship_floor(Lsn(0), false).map_err(SessionError::Filter)?;
-            }
-            Err(SessionError::Told(why))
+            // Whatever it is, the target did not say that it holds a copy.
+            control.ship_floor(Lsn(0), false).map_err(SessionError::Filter)?;
+            Err(SessionError::Told(answer.parse()?))
         }
         _ => Err(SessionError::OutOfTurn),
     }
@@ -312,8 +311,8 @@ impl Session<'_> {
         }
         let whole = self.seeding.is_none() && is_whole(ack.durable, ack.seed, ack.consistent);
         let told = (ack.durable, whole);
-        if ack.durable == self.target_durable && told != self.told {
-            self.told = told;
+        if ack.durable == self.target_durable && self.told != Some(told) {
+            self.told = Some(told);
             self.feed.set_floor(told.0, told.1);
         }
         while let Some((end, bytes)) = self.window.front().copied()

@@ -50,12 +50,20 @@ impl Site {
         let t = dir.path().join("t");
         Authority::create(&RealFiles, &t.join("pki"), &[], clock.wall_us()).unwrap();
         let store = Arc::new(Store::create(files.clone(), &t, clock.clone()).unwrap());
-        let config = ServerConfig {
-            listen: "127.0.0.1:0".into(),
-            pki: t.join("pki"),
-            tokens: t.join("tokens"),
-        };
-        let handle = start(store.clone(), files, clock.clone(), &config).unwrap();
+        let handle = start(store.clone(), files, clock.clone(), &config(&t)).unwrap();
+        Self { dir, clock, store, handle }
+    }
+
+    /// As a target that is started again, after `change` to the folder of the group `g`.
+    fn restart_with(self, change: impl FnOnce(&Path)) -> Self {
+        let Self { dir, clock, store, handle } = self;
+        drop(handle);
+        drop(store);
+        let t = dir.path().join("t");
+        change(&t.join("groups/g"));
+        let files = Arc::new(RealFiles);
+        let store = Arc::new(Store::open(files.clone(), &t, clock.clone()).unwrap());
+        let handle = start(store.clone(), files, clock.clone(), &config(&t)).unwrap();
         Self { dir, clock, store, handle }
     }
 
@@ -136,6 +144,10 @@ impl Site {
         }
         usable.len()
     }
+}
+
+fn config(t: &Path) -> ServerConfig {
+    ServerConfig { listen: "127.0.0.1:0".into(), pki: t.join("pki"), tokens: t.join("tokens") }
 }
 
 fn name(text: &str) -> Name {
@@ -353,6 +365,29 @@ fn a_restarted_source_goes_on_and_one_that_forgot_is_never_merged() {
     });
     assert_eq!(source.lock().told, (Lsn(0), false), "what it holds is not what the disks hold");
     assert_eq!(site.handle.status()[0].last, held);
+}
+
+#[test]
+fn a_target_that_cannot_read_its_copy_takes_back_what_it_held() {
+    let site = Site::new();
+    let source = MemSource::new(disks());
+    let agent = site.agent("a");
+    let shipper = site.shipper(&agent, &source, site.handle.local_addr());
+    shipping(&shipper, || {
+        site.until("the complete copy is told of", || source.lock().told.1);
+    });
+    let site = site.restart_with(|group| {
+        for entry in std::fs::read_dir(group).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_file() {
+                std::fs::write(path, b"not what it was").unwrap();
+            }
+        }
+    });
+    let shipper = site.shipper(&agent, &source, site.handle.local_addr());
+    shipping(&shipper, || {
+        site.until("it is taken back", || source.lock().told == (Lsn(0), false));
+    });
 }
 
 #[test]
