@@ -170,7 +170,7 @@ pub(crate) const CELLS: &[Cell] = &[
         load: &["--rw=write", "--bs=1m", "--iodepth=4"],
         unit: Unit::Mib,
         subjects: &[Down, NbdkitFile, Replicating, Serve, NbdkitMemory, QemuThreads],
-        journal_mib: 1100,
+        journal_mib: 2000,
         seconds_max: LONG,
     },
     Cell {
@@ -178,8 +178,8 @@ pub(crate) const CELLS: &[Cell] = &[
         load: &["--rw=write", "--bs=1m", "--iodepth=4"],
         unit: Unit::Mib,
         subjects: &[DownTmpfs, NbdkitFile],
-        journal_mib: 2200,
-        seconds_max: 2,
+        journal_mib: 3300,
+        seconds_max: 1,
     },
     Cell {
         name: "randread-q16",
