@@ -113,7 +113,7 @@ fn overlay_lookup(bencher: Bencher<'_, '_>) {
     let (mut at, mut pieces) = (0, Vec::new());
     bencher.counter(ItemsCount::new(1_usize)).bench_local(|| {
         at += 1;
-        overlay.lookup(block(at) * BLOCK as u64, BLOCK as u64, &mut pieces);
+        overlay.lookup(block(at) * BLOCK as u64, BLOCK as u64, usize::MAX, &mut pieces);
         pieces.len()
     });
 }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blockfilter::arena::Word;
+use blockfilter::engine::queue::SYNC_FAILED;
 use e2e::nbd::Client;
 use e2e::process::kill_and_wait;
 use e2e::run::{require, tool};
@@ -119,6 +120,21 @@ fn a_journal_given_up_after_a_failed_sync_may_have_lost_something() {
     damage(&mut site, false);
     let arena = std::fs::OpenOptions::new().write(true).open(arena_of(&site)).unwrap();
     arena.write_all_at(&1u64.to_le_bytes(), Word::Syncing as u64).unwrap();
+    let answer = site.at_agent(&["unprotect", "g", "--force"]).fails_with(3).json();
+    assert_eq!(answer["abandoned"]["whole"], false, "{answer}");
+}
+
+/// Nobody has what it was to write: it is never called a plain image without saying so.
+#[test]
+fn a_disk_that_failed_without_a_journal_is_given_back_only_by_force() {
+    let (mut site, _) = protected("lost", 9);
+    damage(&mut site, false);
+    let note = site.agent_dir().join("groups/g/unjournaled");
+    std::fs::write(note, "it failed\nincarnation 1\n").unwrap();
+    let arena = std::fs::OpenOptions::new().write(true).open(arena_of(&site)).unwrap();
+    arena.write_all_at(&SYNC_FAILED.to_le_bytes(), Word::Syncing as u64).unwrap();
+    let error = site.at_agent(&["unprotect", "g"]).fails_with(1).json_error().to_string();
+    assert!(error.contains("may be lost") && error.contains("--force"), "{error}");
     let answer = site.at_agent(&["unprotect", "g", "--force"]).fails_with(3).json();
     assert_eq!(answer["abandoned"]["whole"], false, "{answer}");
 }

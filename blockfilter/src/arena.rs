@@ -78,8 +78,9 @@ pub enum Word {
     AppliedCrc = 96,
     /// The target holds everything below, as last told: decides which slots are free.
     ShipFloor = 104,
-    /// Syncs of the disks that run, failed or were cut off. Not 0: what was written
-    /// since the checkpoint may be gone, and only writing it again helps.
+    /// Syncs of the disks that run or were cut off, and those that failed
+    /// ([`crate::engine::queue::SYNC_FAILED`] each). Not 0 at a start: what was written since
+    /// the checkpoint may be gone, and only writing it again helps.
     Syncing = 112,
 }
 

@@ -33,7 +33,7 @@ pub enum Request {
     /// answers with [`Reply::Positions`].
     Commit,
     /// The target holds everything below `lsn`, durably; the journal may
-    /// recycle it. Answered with [`Reply::Positions`]. Ignored while frozen.
+    /// recycle it, unless it is frozen. Answered with [`Reply::Positions`].
     ///
     /// Each one says what is true now, and `standfast:dirty` believes it: a position
     /// below an earlier one means that the target lost what it held (it was restored or

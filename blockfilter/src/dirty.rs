@@ -74,10 +74,10 @@ impl Dirty {
 
     /// The target holds everything below `floor`, durably; `whole`: and a complete copy below
     /// it. `head` is the end of what has an LSN. What a lower `teller` says after a higher one
-    /// spoke is from an older session and may be long untrue: it is ignored.
-    pub fn told(&mut self, teller: u64, floor: u64, whole: bool, head: u64) {
+    /// spoke is from an older session and may be long untrue: it is ignored, and the answer false.
+    pub fn told(&mut self, teller: u64, floor: u64, whole: bool, head: u64) -> bool {
         if teller < self.teller {
-            return;
+            return false;
         }
         self.teller = teller;
         if floor < self.floor {
@@ -95,6 +95,7 @@ impl Dirty {
             }
             self.mark = head;
         }
+        true
     }
 
     /// Nothing is known any more of the target, nor of records below `head`.

@@ -135,8 +135,9 @@ impl Overlay {
     }
 
     /// Splits `[offset, offset + len)` by where the newest bytes are. `out` is
-    /// cleared first; neighbours that continue each other are one piece.
-    pub fn lookup(&self, offset: u64, len: u64, out: &mut Vec<Piece>) {
+    /// cleared first; neighbours that continue each other are one piece. Ends early after
+    /// `max` pieces.
+    pub fn lookup(&self, offset: u64, len: u64, max: usize, out: &mut Vec<Piece>) {
         out.clear();
         if len == 0 {
             return;
@@ -147,7 +148,7 @@ impl Overlay {
         }
         let end = offset + len;
         let mut at = offset;
-        while at < end {
+        while at < end && out.len() <= max {
             let start = at / BLOCK * BLOCK;
             let stop = end.min(start + BLOCK);
             let (stop, source) = match self.blocks.get(&(start / BLOCK)) {
@@ -164,6 +165,7 @@ impl Overlay {
             push(out, at, stop, source);
             at = stop;
         }
+        out.truncate(max);
     }
 
     /// Where a range begins of which nothing was written, and how far that goes.
@@ -290,7 +292,10 @@ mod tests {
 
     fn check(overlay: &Overlay, live: &[Rec], sectors: u64) {
         let mut pieces = Vec::new();
-        overlay.lookup(0, sectors * SECTOR, &mut pieces);
+        overlay.lookup(0, sectors * SECTOR, usize::MAX, &mut pieces);
+        let mut few = Vec::new();
+        overlay.lookup(0, sectors * SECTOR, 3, &mut few);
+        assert_eq!(few, pieces[..pieces.len().min(3)]);
         let mut at = 0;
         for piece in &pieces {
             assert_eq!(piece.offset, at);

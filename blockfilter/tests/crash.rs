@@ -8,7 +8,6 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use blockfilter::config::GroupPaths;
 use blockfilter::control::Mode;
 use blockfilter::engine::Clock;
 use blockfilter::engine::real::RealFiles;
@@ -16,8 +15,7 @@ use blockfilter::engine::record::crash::{Change, Entry, Unsynced};
 use blockfilter::engine::record::{Failure, Fault, Op, Rng, SimFiles, Sweep, for_each_crash};
 use blockfilter::group::conn::{Conn, Progress, Shared};
 use blockfilter::group::serve::wait_until;
-use blockfilter::group::start;
-use blockfilter::group::volume::{Refusal, Volume, VolumeEvent};
+use blockfilter::group::volume::{Refusal, Volume};
 use blockfilter::journal;
 use blockfilter::journal::format::RecOp;
 use blockfilter::journal::reader::{JournalReader, ReadError};
@@ -199,40 +197,6 @@ fn a_full_journal_freezes_durably_and_blocks_no_write() {
     assert_eq!(volume.positions().ship_floor, Lsn(s));
 }
 
-/// Decisions 9 and 10: the journal's death costs protection, not production.
-#[test]
-fn a_failed_journal_leaves_the_disks_served_and_is_never_replayed() {
-    for op in [Op::Write, Op::SyncData] {
-        let files = SimFiles::new();
-        let site = site(Path::new("/"), 6);
-        site.create(&files);
-        files.settle();
-        let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
-        let mut rng = Rng::new(5);
-        let mut model = Model::new();
-        for stamp in 1..40 {
-            let act = random_act(&mut rng, stamp);
-            carry_out(&mut volume, &mut model, &site.clock, &act);
-        }
-        let path = "/journal".into();
-        files.fail(Fault { op: Some(op), path, skip: 1, lasting: true, failure: Failure::Io });
-        for stamp in 40..120 {
-            let act = random_act(&mut rng, stamp);
-            carry_out(&mut volume, &mut model, &site.clock, &act);
-            assert!(content(&mut volume) == model, "operation {stamp}");
-        }
-        carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
-        assert_eq!(volume.positions().mode, Mode::Unjournaled);
-        drop(volume);
-        site.lose_memory();
-        let log = files.log();
-        let after = log.crash_with(log.entries.len(), &mut |_| false);
-        let mut volume = site.open(Arc::new(after), "inline").unwrap();
-        assert!(content(&mut volume) == model, "what was flushed is on the disks");
-        assert_eq!(volume.positions().mode, Mode::Unjournaled);
-    }
-}
-
 /// Protocol-aware recovery: damage to what was durable is refused, never cut off.
 #[test]
 fn damage_inside_the_durable_journal_is_refused() {
@@ -254,35 +218,8 @@ fn damage_inside_the_durable_journal_is_refused() {
     assert!(error.contains("damaged"), "{error}");
 }
 
-/// A group whose journal died under some writes.
-fn unjournaled(files: &SimFiles, site: &Site, model: &mut Model) -> Volume {
-    site.create(files);
-    files.settle();
-    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
-    let path = "/journal".into();
-    files.fail(Fault { op: Some(Op::Write), path, skip: 0, lasting: true, failure: Failure::Io });
-    carry_out(&mut volume, model, &site.clock, &stripe(0, 1));
-    carry_out(&mut volume, model, &site.clock, &Act::Flush);
-    assert_eq!(volume.positions().mode, Mode::Unjournaled);
-    volume
-}
-
-fn stripe(offset: u64, byte: u8) -> Act {
-    Act::Write { disk: 0, offset, data: vec![byte; 4096], fua: false }
-}
-
-/// Turns, a tenth of a second apart.
-fn turns(volume: &mut Volume, clock: &TestClock, count: usize) -> Vec<VolumeEvent> {
-    let mut events = Vec::new();
-    for _ in 0..count {
-        clock.advance(100_000);
-        volume.turn(&mut events);
-    }
-    events
-}
-
-/// A client that flushes after every two writes finds the second time it comes to that
-/// its commit done; one that writes on is not committed early again.
+/// A client that flushes after every two writes finds its commit done from the fifth time
+/// on; one that writes on is not committed early again.
 #[test]
 fn a_foreseen_flush_waits_for_nothing() {
     let files = SimFiles::new();
@@ -304,134 +241,6 @@ fn a_foreseen_flush_waits_for_nothing() {
     }
     let positions = volume.positions();
     assert!(positions.durable < positions.admitted, "nobody asked for the third one");
-}
-
-/// Decision 9: a failed sync is an error to whoever waits for it, and is not believed
-/// the second time.
-#[test]
-fn without_a_journal_a_disk_that_fails_to_sync_fails_every_flush() {
-    let files = SimFiles::new();
-    let site = site(Path::new("/"), 6);
-    let mut model = Model::new();
-    let mut volume = unjournaled(&files, &site, &mut model);
-    let path = "/d0".into();
-    let op = Some(Op::SyncData);
-    files.fail(Fault { op, path, skip: 0, lasting: false, failure: Failure::Io });
-    carry_out(&mut volume, &mut model, &site.clock, &stripe(4096, 2));
-    assert!(!volume.flush(77));
-    let events = turns(&mut volume, &site.clock, 40);
-    let answers: Vec<bool> = events
-        .iter()
-        .filter_map(|e| match e {
-            VolumeEvent::Durable(77) => Some(true),
-            VolumeEvent::Lost(77) => Some(false),
-            _ => None,
-        })
-        .collect();
-    assert_eq!(answers, [false]);
-}
-
-/// What a dead process had written back without a journal is not on stable storage yet.
-#[test]
-fn without_a_journal_a_flush_after_a_kill_still_syncs() {
-    let files = SimFiles::new();
-    let site = site(Path::new("/"), 6);
-    let mut model = Model::new();
-    let mut volume = unjournaled(&files, &site, &mut model);
-    carry_out(&mut volume, &mut model, &site.clock, &stripe(4096, 2));
-    turns(&mut volume, &site.clock, 3);
-    let positions = volume.positions();
-    assert_eq!(positions.applied, positions.admitted);
-    assert!(positions.durable < positions.admitted, "applied, not synced");
-    drop(volume);
-    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
-    carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
-    drop(volume);
-    site.lose_memory();
-    let log = files.log();
-    let after = log.crash_with(log.entries.len(), &mut |_| false);
-    let mut volume = site.open(Arc::new(after), "inline").unwrap();
-    assert!(content(&mut volume) == model, "what was flushed is on the disks");
-}
-
-/// A start without a journal asks for no place in it.
-#[test]
-fn without_a_journal_a_full_one_does_not_hinder_a_restart() {
-    let files = SimFiles::new();
-    let mut site = site(Path::new("/"), 4);
-    site.config.arena_bytes = 8 << 20;
-    site.create(&files);
-    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
-    let mut model = Model::new();
-    let write = |volume: &mut Volume, model: &mut Model, i: u64| {
-        let data = vec![i as u8; 64 * 512];
-        let act = Act::Write { disk: 0, offset: i % 3 * 32768, data, fua: false };
-        carry_out(volume, model, &site.clock, &act);
-    };
-    let mut i = 0;
-    loop {
-        let (used, capacity) = volume.filter().journal_use();
-        if used == capacity {
-            break;
-        }
-        // No turn: nothing is checkpointed.
-        let (offset, data) = (i % 3 * 32768, vec![i as u8; 64 * 512]);
-        volume.write(0, offset, &data, false).unwrap();
-        model.0[0][offset as usize..][..data.len()].copy_from_slice(&data);
-        i += 1;
-    }
-    let path = "/journal".into();
-    files.fail(Fault { op: Some(Op::Write), path, skip: 0, lasting: true, failure: Failure::Io });
-    write(&mut volume, &mut model, i);
-    carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
-    assert_eq!(volume.positions().mode, Mode::Unjournaled);
-    // Killed right after a write that begins a chunk.
-    let chunk = |lsn: Lsn| lsn.0 >> 20;
-    for i in i + 1.. {
-        let (offset, data) = (i % 3 * 32768, vec![i as u8; 64 * 512]);
-        until(&mut volume, |v| v.write(0, offset, &data, false));
-        model.0[0][offset as usize..][..data.len()].copy_from_slice(&data);
-        let positions = volume.positions();
-        if chunk(positions.applied) < chunk(positions.admitted) && chunk(positions.admitted) > 3 {
-            break;
-        }
-    }
-    drop(volume);
-    let mut volume = site.open(Arc::new(files), "inline").unwrap();
-    assert!(content(&mut volume) == model);
-}
-
-/// Until it is noted that the journal must not be replayed, nothing newer reaches the disks.
-#[test]
-fn a_dead_journal_that_cannot_be_noted_is_not_overtaken() {
-    let files = SimFiles::new();
-    let site = site(Path::new("/"), 6);
-    site.create(&files);
-    files.settle();
-    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
-    let mut model = Model::new();
-    carry_out(&mut volume, &mut model, &site.clock, &stripe(0, 1));
-    carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
-    let promised = model.hash();
-    for (op, path) in [(Op::Write, "/journal"), (Op::Create, "/unjournaled")] {
-        let (op, path) = (Some(op), path.into());
-        files.fail(Fault { op, path, skip: 0, lasting: true, failure: Failure::Io });
-    }
-    carry_out(&mut volume, &mut model, &site.clock, &stripe(0, 2));
-    assert!(!volume.flush(77));
-    let events = turns(&mut volume, &site.clock, 40);
-    assert!(events.iter().any(|e| matches!(e, VolumeEvent::Lost(77))), "{events:?}");
-    assert!(content(&mut volume) == model);
-    let log = files.log();
-    let after = log.crash_with(log.entries.len(), &mut |_| true);
-    // The note can be written after all.
-    files.heal();
-    turns(&mut volume, &site.clock, 40);
-    carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
-    drop(volume);
-    site.lose_memory();
-    let mut volume = site.open(Arc::new(after), "inline").unwrap();
-    assert_eq!(content(&mut volume).hash(), promised);
 }
 
 /// The last write of one record, as `(log entry, first sector)` of its header and payload.
@@ -642,85 +451,6 @@ fn a_failed_sync_of_a_disk_is_not_believed_after_a_restart() {
     let after = log.crash_with(log.entries.len(), &mut |_| false);
     let mut volume = site.open(Arc::new(after), "inline").unwrap();
     assert!(content(&mut volume) == model, "what was flushed is there");
-}
-
-/// A journal that cannot even be read any more costs protection, not what was acknowledged.
-#[test]
-fn without_a_readable_journal_a_kill_loses_nothing() {
-    let files = SimFiles::new();
-    let site = site(Path::new("/"), 6);
-    let mut model = Model::new();
-    let mut volume = unjournaled(&files, &site, &mut model);
-    volume.write(0, 4096, &[3; 4096], false).unwrap();
-    model.0[0][4096..8192].fill(3);
-    drop(volume);
-    files.fail_reads(Path::new("/journal"), 0..u64::MAX);
-    let mut volume = site.open(Arc::new(files), "inline").unwrap();
-    assert_eq!(volume.positions().mode, Mode::Unjournaled);
-    assert!(content(&mut volume) == model);
-}
-
-/// I8: without a journal a power cut takes positions back; they are not given again under
-/// the same incarnation. A kill keeps all, whether or not the journal can be read again.
-#[test]
-fn without_a_journal_positions_are_not_given_again_under_one_incarnation() {
-    let mut files = SimFiles::new();
-    let site = site(Path::new("/"), 6);
-    let mut model = Model::new();
-    let mut volume = unjournaled(&files, &site, &mut model);
-    let mut last = volume.positions();
-    for readable in [true, false, true] {
-        carry_out(&mut volume, &mut model, &site.clock, &stripe(4096, 2));
-        carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
-        drop(volume);
-        site.lose_memory();
-        let log = files.log();
-        files = log.crash_with(log.entries.len(), &mut |_| false);
-        if !readable {
-            files.fail_reads(Path::new("/journal"), 0..u64::MAX);
-        }
-        volume = site.open(Arc::new(files.clone()), "inline").unwrap();
-        let now = volume.positions();
-        assert_eq!(now.mode, Mode::Unjournaled);
-        assert!(now.incarnation > last.incarnation, "{now:?} after {last:?}");
-        assert!(content(&mut volume) == model);
-        carry_out(&mut volume, &mut model, &site.clock, &stripe(8192, 3));
-        drop(volume);
-        files.heal();
-        volume = site.open(Arc::new(files.clone()), "inline").unwrap();
-        assert!(content(&mut volume) == model);
-        assert_eq!(volume.positions().incarnation, now.incarnation);
-        last = now;
-    }
-}
-
-/// A failed journal that is gone keeps nobody from the disks.
-#[test]
-fn a_group_without_a_journal_starts_when_the_journal_is_gone() {
-    let dir = tempfile::tempdir().unwrap();
-    let site = site(dir.path(), 6);
-    site.create(&RealFiles);
-    let paths = GroupPaths::new(dir.path(), &site.config.group);
-    std::fs::create_dir_all(paths.dir()).unwrap();
-    std::fs::remove_file(&site.config.journal).unwrap();
-    let error = start::open(&site.config, &paths).unwrap_err().to_string();
-    assert!(error.contains("journal"), "{error}");
-    std::fs::write(paths.dir().join("unjournaled"), "it failed\n").unwrap();
-    let serve = |incarnation: u64, byte: u8| {
-        let mut volume = start::open(&site.config, &paths).unwrap();
-        let positions = volume.positions();
-        assert_eq!((positions.mode, positions.incarnation), (Mode::Unjournaled, incarnation));
-        let (_, end) = until(&mut volume, |v| v.write(0, 0, &[byte; 4096], true));
-        volume.wait_durable(end, 1);
-        wait_until(&mut volume, |v| v.positions().durable >= Lsn(end)).unwrap();
-        drop(volume);
-        let disk = std::fs::read(&site.config.disks[0].path).unwrap();
-        assert!(disk[..4096] == [byte; 4096]);
-    };
-    serve(2, 7);
-    serve(2, 8);
-    site.lose_memory();
-    serve(3, 9);
 }
 
 /// A reader from before a loss says so instead of handing out what has another history.

@@ -14,6 +14,7 @@ use std::time::Duration;
 use blockfilter::config::{GroupConfig, GroupPaths};
 use blockfilter::engine::{Clock, Files};
 use blockfilter::journal::reader::ReadError;
+use blockfilter::names::Lsn;
 use ring::rand::SecureRandom;
 
 use crate::enroll::{AgentConfig, pki_dir};
@@ -82,6 +83,24 @@ pub(crate) enum SessionError {
     OutOfTurn,
 }
 
+impl SessionError {
+    /// Whoever answers at the target's address did not confirm a copy of ours: it said an error,
+    /// what no target says, or is not the target that we joined. A line that fails says nothing.
+    fn is_denial(&self) -> bool {
+        match self {
+            Self::Told(_) | Self::OutOfTurn | Self::Frame(_) | Self::Diverged(_) => true,
+            Self::Channel(error) => {
+                use ChannelError::*;
+                match error {
+                    Tls(_) | Frame(_) | Identity(_) => true,
+                    Io(_) | Closed | Silent(_) | Timeout => false,
+                }
+            }
+            _ => false,
+        }
+    }
+}
+
 /// Replicates one group until `stop`. Only one process a group.
 pub fn run(
     config: &ReplicatorConfig,
@@ -144,6 +163,11 @@ impl Shipper {
             let result = self.one_session(target, damaged >= DAMAGED_TRIES, stop);
             let held = self.clock.mono_us().saturating_sub(began) > HELD_US;
             let Err(error) = result else { continue };
+            if error.is_denial()
+                && let Err(error) = self.take_back()
+            {
+                tracing::warn!(%error, "the filter was not told that the target denies us");
+            }
             damaged = match error {
                 SessionError::Journal(ReadError::Damaged(..)) => damaged + 1,
                 _ if held => 0,
@@ -194,6 +218,11 @@ impl Shipper {
         }
         channel.close();
         result
+    }
+
+    /// Tells the filter that the target may hold nothing. The session is over, its feed with it.
+    fn take_back(&self) -> io::Result<()> {
+        self.source.control()?.ship_floor(Lsn(0), false).map(drop)
     }
 
     fn failed(&self, error: &SessionError, wait_us: u64) {

@@ -10,8 +10,8 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
@@ -95,7 +95,7 @@ pub enum Done {
     SyncDisks(Result<(), (u8, io::Error)>),
     /// The super block.
     WriteSuper(io::Result<()>),
-    /// The note; a failure to write it is only logged.
+    /// The note. Until it is durable, nothing newer than the journal goes to the disks.
     MarkUnjournaled(io::Result<()>),
     /// The buffer, filled unless `result` is an error.
     Read {
@@ -138,14 +138,42 @@ pub struct Target {
     pub disks: Vec<Arc<dyn File>>,
     /// Whether holes of each disk can be believed (ruling 20).
     pub holes: Vec<bool>,
-    /// Disks written since their last sync.
-    pub dirty: Vec<AtomicBool>,
+    /// Of each disk, what was written since which sync.
+    pub writes: Vec<Writes>,
+    /// What [`Word::Syncing`] counted at the start and was written again since: of the next
+    /// sync of all disks that succeeds.
+    pub written_again: AtomicU64,
     /// The memory.
     pub arena: Arc<Arena>,
     /// For the note.
     pub files: Arc<dyn Files>,
     /// The note.
     pub marker: PathBuf,
+}
+
+/// What was written to a disk and not synced yet.
+#[derive(Debug)]
+pub struct Writes {
+    /// Since the last sync of a checkpoint.
+    dirty: AtomicBool,
+    /// Counts up before and after each write-back.
+    count: AtomicU64,
+    /// The count that a question for holes synced.
+    seen: Mutex<Option<u64>>,
+}
+
+impl Default for Writes {
+    /// Of what an earlier process wrote nothing is known.
+    fn default() -> Self {
+        Self { dirty: true.into(), count: 0.into(), seen: Mutex::new(None) }
+    }
+}
+
+impl Writes {
+    fn mark(&self) {
+        self.count.fetch_add(1, Ordering::AcqRel);
+        self.dirty.store(true, Ordering::Release);
+    }
 }
 
 impl Target {
@@ -180,11 +208,11 @@ impl Target {
 
     fn apply(&self, disks: &[(u8, Vec<ApplyOp>)]) -> Result<(), (u8, io::Error)> {
         for (index, ops) in disks {
-            let dirty = &self.dirty[usize::from(*index)];
-            dirty.store(true, Ordering::Release);
+            let writes = &self.writes[usize::from(*index)];
+            writes.mark();
             let done = ops.iter().try_for_each(|op| self.apply_one(*index, op));
             // Again: a sync that ran meanwhile took the mark, and may have missed the rest (I6).
-            dirty.store(true, Ordering::Release);
+            writes.mark();
             done.map_err(|e| (*index, e))?;
         }
         Ok(())
@@ -213,11 +241,14 @@ impl Target {
     }
 
     fn sync_disks(&self) -> Result<(), (u8, io::Error)> {
-        for (index, dirty) in self.dirty.iter().enumerate() {
-            if dirty.swap(false, Ordering::AcqRel) {
+        let again = self.written_again.load(Ordering::Acquire);
+        for (index, writes) in self.writes.iter().enumerate() {
+            if writes.dirty.swap(false, Ordering::AcqRel) {
                 self.sync_disk(index).map_err(|e| (index as u8, e))?;
             }
         }
+        self.written_again.fetch_sub(again, Ordering::AcqRel);
+        self.arena.add_word(Word::Syncing, -(again as i64));
         Ok(())
     }
 
@@ -225,8 +256,20 @@ impl Target {
     /// that failed or was cut off stays counted.
     fn sync_disk(&self, index: usize) -> io::Result<()> {
         self.arena.add_word(Word::Syncing, 1);
-        self.disks[index].sync_data()?;
-        self.arena.add_word(Word::Syncing, -1);
+        let result = self.disks[index].sync_data();
+        self.arena.add_word(Word::Syncing, if result.is_err() { SYNC_FAILED - 1 } else { -1 });
+        result
+    }
+
+    /// Syncs what was written back since the last time, for a question for holes.
+    fn sync_for_holes(&self, index: usize) -> io::Result<()> {
+        let writes = &self.writes[index];
+        let mut seen = writes.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = writes.count.load(Ordering::Acquire);
+        if *seen != Some(count) {
+            self.sync_disk(index)?;
+            *seen = Some(count);
+        }
         Ok(())
     }
 
@@ -248,7 +291,7 @@ impl Target {
             let data = |len| vec![Extent { len, hole: false, zero: false }];
             return Ok(ranges.iter().map(|(_, len)| data(*len)).collect());
         }
-        self.sync_disk(usize::from(disk))?;
+        self.sync_for_holes(usize::from(disk))?;
         let mut found = Vec::new();
         for (offset, len) in ranges {
             let extents = file_extents(file.as_ref(), *offset, *len, max)?;
@@ -289,6 +332,7 @@ enum Lane {
     Disks,
     Syncs,
     Reads,
+    Holes,
 }
 
 fn lane_of(op: &Op) -> Lane {
@@ -301,7 +345,9 @@ fn lane_of(op: &Op) -> Lane {
         // Beside the others: a sync of the disks may take seconds. The arena must not fill up
         // behind it, nor a freeze wait for it.
         Op::SyncDisks | Op::MarkUnjournaled(_) => Lane::Syncs,
-        Op::Read { .. } | Op::Extents { .. } => Lane::Reads,
+        Op::Read { .. } => Lane::Reads,
+        // They sync the disk first: no read waits behind that.
+        Op::Extents { .. } => Lane::Holes,
     }
 }
 
@@ -322,6 +368,7 @@ struct Senders {
     disks: Sender<Op>,
     syncs: Sender<Op>,
     reads: Sender<Op>,
+    holes: Sender<Op>,
 }
 
 impl Drop for Lanes {
@@ -360,7 +407,9 @@ impl Lanes {
         let disks = start("sf-disks", 1)?;
         let syncs = start("sf-syncs", 1)?;
         let reads = start("sf-reads", readers)?;
-        Ok(Self { ops: Some(Senders { journal, disks, syncs, reads }), threads, done, event })
+        let holes = start("sf-holes", 1)?;
+        let ops = Some(Senders { journal, disks, syncs, reads, holes });
+        Ok(Self { ops, threads, done, event })
     }
 
     /// Hands an operation to its thread.
@@ -371,6 +420,7 @@ impl Lanes {
             Lane::Disks => &ops.disks,
             Lane::Syncs => &ops.syncs,
             Lane::Reads => &ops.reads,
+            Lane::Holes => &ops.holes,
         };
         lane.send(op).expect("the threads live as long as their channel");
     }
@@ -441,6 +491,8 @@ fn reset(event: &OwnedFd) {
     let _ = rustix::io::read(event, &mut count);
 }
 
+/// What a failed sync adds to [`Word::Syncing`]: one that was cut off adds 1.
+pub const SYNC_FAILED: i64 = 1 << 32;
 /// Operations waiting in a lane; reads are bounded by the connections' limits.
 const LANE_MAX: usize = 1 << 16;
 
@@ -522,7 +574,8 @@ mod tests {
             journal: files.open(Path::new("/j"), Open::CreateNew).unwrap(),
             disks: vec![slow.clone()],
             holes: vec![true],
-            dirty: vec![false.into()],
+            writes: vec![Writes::default()],
+            written_again: 0.into(),
             arena: Arc::new(arena),
             files: Arc::new(files),
             marker: "/unjournaled".into(),
@@ -547,6 +600,39 @@ mod tests {
         assert!(matches!(target.execute(Op::SyncDisks), Done::SyncDisks(Ok(()))));
         assert_eq!(slow.syncs.load(Ordering::SeqCst), 2);
         assert_eq!(target.arena.word(Word::Syncing), 0);
+    }
+
+    /// What was written again counts as unsynced until a sync of all disks succeeded.
+    #[test]
+    fn what_was_written_again_stays_noted_until_it_is_synced() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, slow, ..) = target(dir.path());
+        target.arena.set_word(Word::Syncing, 3);
+        target.written_again.store(3, Ordering::SeqCst);
+        slow.broken.store(true, Ordering::SeqCst);
+        assert!(matches!(target.execute(Op::SyncDisks), Done::SyncDisks(Err(_))));
+        assert_eq!(target.arena.word(Word::Syncing), 3 + SYNC_FAILED as u64);
+        slow.broken.store(false, Ordering::SeqCst);
+        target.writes[0].mark();
+        assert!(matches!(target.execute(Op::SyncDisks), Done::SyncDisks(Ok(()))));
+        assert_eq!(target.arena.word(Word::Syncing), SYNC_FAILED as u64);
+    }
+
+    #[test]
+    fn a_question_for_holes_syncs_only_what_was_written_since_the_last() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, slow, ..) = target(dir.path());
+        let ask = || {
+            let question = Op::Extents { token: 1, disk: 0, ranges: vec![(0, 4096)], max: 1 };
+            assert!(matches!(target.execute(question), Done::Extents { result: Ok(_), .. }));
+            slow.syncs.load(Ordering::SeqCst)
+        };
+        assert_eq!((ask(), ask()), (1, 1));
+        let write = vec![ApplyOp::Write { offset: 0, parts: vec![(0, 4096)] }];
+        assert!(matches!(target.execute(Op::Apply(vec![(0, write)])), Done::Apply(Ok(()))));
+        assert_eq!((ask(), ask()), (2, 2));
+        assert!(matches!(target.execute(Op::SyncDisks), Done::SyncDisks(Ok(()))));
+        assert_eq!(slow.syncs.load(Ordering::SeqCst), 3, "the checkpoint's sync is its own");
     }
 
     /// Whoever is told of a failed sync, the next start must know.

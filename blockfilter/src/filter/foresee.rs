@@ -1,8 +1,10 @@
 //! Foresees the next flush of a client that flushes after every so many writes, so that
 //! the commit runs while the client still takes the answers of its writes. (pure)
 //!
-//! A wrong guess costs one early commit: what was not foreseen right is not foreseen
-//! again before an interval was repeated [`REGULAR`] times.
+//! It counts the records and waits of the whole group: several clients, or points made
+//! meanwhile, only make it foresee less. A wrong guess costs one early commit, which with one
+//! active client holds the group's thread for as long as the journal takes: what was not foreseen
+//! right is not foreseen again before an interval was repeated [`REGULAR`] times.
 
 /// When a flush is about to come.
 #[derive(Clone, Copy, Debug, Default)]

@@ -413,8 +413,9 @@ impl Filter {
         // What was never durable here is not what the disks hold.
         let held = (pos <= self.durable).then(|| self.config.geometry.normal(pos));
         let whole = whole && held.is_some();
-        self.dirty.told(teller, held.unwrap_or(0), whole, self.admitted());
-        self.ship_floor(pos);
+        if self.dirty.told(teller, held.unwrap_or(0), whole, self.admitted()) {
+            self.ship_floor(pos);
+        }
     }
 
     /// What of a disk may differ from what the target durably holds; see [`Dirty::extents`].
@@ -612,6 +613,16 @@ impl Filter {
             self.segments.clear();
             self.synced = None;
         }
+    }
+
+    /// As if every disk failed: nothing is promised any more.
+    pub fn lose_disks(&mut self) {
+        (0..DISKS_MAX).for_each(|disk| self.lose_disk(disk as u8));
+    }
+
+    /// Believes the disks again, whatever failed.
+    pub fn forgive_disks(&mut self) {
+        self.failed = [false; DISKS_MAX];
     }
 
     fn lose_disk(&mut self, disk: u8) {

@@ -717,8 +717,9 @@ const OUT_MAX: usize = 4 << 20;
 const IN_FLIGHT_MAX: u64 = 16 << 20;
 /// What a request that waits counts at least, bytes: it bounds their number.
 const WAIT_COST: u64 = 4096;
-/// What a question for extents counts, bytes: the longest answer in both contexts.
-const STATUS_COST: u64 = 2 * 8 * EXTENTS_MAX as u64;
+/// What a question for extents counts, bytes: more than its pieces and the longest answer in both
+/// contexts, so that few at a time make the group's thread search its memory.
+const STATUS_COST: u64 = 1 << 20;
 /// Receives in a row before the others get their turn.
 const ROUNDS: usize = 16;
 /// Payload buffers kept for later, bytes.

@@ -14,10 +14,12 @@ use std::io;
 
 use crate::arena::{Arena, Word};
 use crate::config::{GroupConfig, GroupPaths};
+use crate::control::Mode;
 use crate::engine::real::RealFiles;
 use crate::journal::note;
 use serve::{Server, settle, wait_until};
 use start::StartError;
+use volume::Volume;
 
 /// Why a filter process ended.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +27,12 @@ pub enum RunError {
     /// It could not start.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// A disk failed: its writes are in the journal.
+    #[error("a disk failed; the journal still holds its writes")]
+    DiskFailed,
+    /// A disk failed, and there is no journal to write it again from.
+    #[error("a disk failed while the group had no journal: what was written to it may be lost")]
+    DiskLost,
     /// Its sockets or its loop failed.
     #[error("serving the group failed: {0}")]
     Serve(#[from] io::Error),
@@ -45,29 +53,40 @@ pub fn check_disks(config: &GroupConfig) -> Result<(), RunError> {
 }
 
 /// As [`drain`], for a group whose journal cannot be used: notes that it must not be
-/// replayed and writes back what the arena holds. True if there was an arena, and no
+/// replayed, and `incarnation` (that of its super block; 0: it cannot be told), and writes back
+/// what the arena holds, whatever failed before. True if there was an arena, and no
 /// sync of the disks failed or was cut off: then all that was acknowledged is on the disks.
-pub fn drain_without_journal(config: &GroupConfig, paths: &GroupPaths) -> Result<bool, RunError> {
+pub fn drain_without_journal(
+    config: &GroupConfig,
+    paths: &GroupPaths,
+    incarnation: u64,
+) -> Result<bool, RunError> {
     let marker = start::marker(paths);
     let before = note::read(&RealFiles, &marker)?;
     let synced = Arena::peek(&config.arena_path(), Word::Syncing)? == Some(0);
     if before.is_none() {
-        note::write(&RealFiles, &marker, 0)?;
+        note::write(&RealFiles, &marker, incarnation)?;
     }
-    drain(config, paths)?;
+    let mut volume = start::open(config, paths)?;
+    volume.filter().forgive_disks();
+    write_back(volume)?;
     // A start that found no arena noted the incarnation that it began.
-    Ok(synced && note::read(&RealFiles, &marker)? == Some(before.unwrap_or(0)))
+    Ok(synced && note::read(&RealFiles, &marker)? == Some(before.unwrap_or(incarnation)))
 }
 
 /// Writes everything back to the disks without serving them: they are plain
 /// images again on return. For `unprotect` when no filter runs.
 pub fn drain(config: &GroupConfig, paths: &GroupPaths) -> Result<(), RunError> {
-    let mut volume = start::open(config, paths)?;
+    write_back(start::open(config, paths)?)
+}
+
+fn write_back(mut volume: Volume) -> Result<(), RunError> {
     settle(&mut volume)?;
     volume.filter().request_drain();
     wait_until(&mut volume, |v| v.filter().drained() || v.filter().stall_is_final())?;
     if volume.filter().stall_is_final() {
-        return Err(io::Error::other("a disk failed; the journal still holds its writes").into());
+        let journaled = volume.positions().mode != Mode::Unjournaled;
+        return Err(if journaled { RunError::DiskFailed } else { RunError::DiskLost });
     }
     volume.remove_arena();
     Ok(())

@@ -8,6 +8,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
@@ -18,7 +19,7 @@ use crate::apply::{SealedBatch, plan};
 use crate::arena::{ARENA_MAGIC, Arena, ArenaHdr, Word, boot_id};
 use crate::config::{GroupConfig, GroupPaths};
 use crate::engine::blocking::Blocking;
-use crate::engine::queue::{Done, Engine, Inline, Op, Target};
+use crate::engine::queue::{Done, Engine, Inline, Op, SYNC_FAILED, Target, Writes};
 use crate::engine::real::{RealClock, RealFiles};
 use crate::engine::uring::Uring;
 use crate::engine::{Clock, File, Files, Latched, Open};
@@ -193,22 +194,15 @@ pub fn recover(
     let volume_disks = check_disks(config, &disks)?;
     // Left by a process that died over it.
     let _ = std::fs::remove_file(again_path(config));
-    let noted = note::read(files.as_ref(), &marker)
-        .map_err(|source| StartError::File { path: marker.clone(), source })?;
-    let dead = noted.is_some();
     let journal: Arc<dyn File> = Arc::new(Latched::new(journal));
-    let in_journal = |source| StartError::Journal { path: config.journal.clone(), source };
-    let found = read_super(journal.as_ref(), config);
-    let sup = match noted {
-        Some(noted) => dead_super(config, found.ok(), noted).map_err(|e| in_journal(e.into()))?,
-        None => found.map_err(in_journal)?,
-    };
+    let (sup, dead) = find_super(config, files.as_ref(), journal.as_ref(), &marker)?;
     let make = |arena: Arc<Arena>| {
         Arc::new(Target {
             journal: journal.clone(),
             disks: disks.iter().map(latched).collect(),
             holes: config.disks.iter().map(|d| files.holes_are_true(&d.path)).collect(),
-            dirty: disks.iter().map(|_| true.into()).collect(),
+            writes: disks.iter().map(|_| Writes::default()).collect(),
+            written_again: 0.into(),
             arena,
             files: files.clone(),
             marker: marker.clone(),
@@ -216,19 +210,29 @@ pub fn recover(
     };
     let geometry = geometry_of(&sup);
     let filter_config = FilterConfig { geometry, arena: config.arena_bytes };
+    let parts = |start: Start, target| Parts {
+        target,
+        overlays: overlays_of(&start, config.disks.len()),
+        filter: Filter::new(filter_config, start, now),
+        disks: volume_disks,
+    };
     let path = config.arena_path();
     let hdr = arena_hdr(&sup, config.arena_bytes)?;
     if let Some(arena) = Arena::open(&path, &hdr).map_err(arena_error)? {
         match warm(&sup, journal.as_ref(), &arena, dead) {
             Ok(Some(start)) => {
-                if arena.word(Word::Syncing) != 0 && !dead {
+                let syncing = arena.word(Word::Syncing);
+                if syncing != 0 && !dead {
                     write_again(config, &journal, start.applied, &make)?;
-                    arena.set_word(Word::Syncing, 0);
                 }
-                let overlays = overlays_of(&start, config.disks.len());
-                let filter = Filter::new(filter_config, start, now);
-                let target = make(Arc::new(arena));
-                return Ok(Parts { target, filter, overlays, disks: volume_disks });
+                let mut parts = parts(start, make(Arc::new(arena)));
+                if !dead {
+                    parts.target.written_again.store(syncing, Ordering::Release);
+                } else if syncing >= SYNC_FAILED as u64 {
+                    // Without a journal nobody has what the failed sync dropped.
+                    parts.filter.lose_disks();
+                }
+                return Ok(parts);
             }
             Ok(None) => {}
             Err(why) => tracing::error!(
@@ -243,9 +247,7 @@ pub fn recover(
         cold(config, &journal, sup, &make).map_err(|e| e.into_start(config))?
     };
     let arena = Arc::new(new_arena(config, &start)?);
-    let overlays = overlays_of(&start, config.disks.len());
-    let filter = Filter::new(filter_config, start, now);
-    Ok(Parts { target: make(arena), filter, overlays, disks: volume_disks })
+    Ok(parts(start, make(arena)))
 }
 
 fn latched(disk: &Arc<dyn File>) -> Arc<dyn File> {
@@ -410,6 +412,24 @@ fn open_records(arena: &Arena, lsn: u64, count: u64) -> Result<Vec<RecDesc>, &'s
         descs.push(desc);
     }
     Ok(descs)
+}
+
+/// The super block, and whether the journal is dead.
+fn find_super(
+    config: &GroupConfig,
+    files: &dyn Files,
+    journal: &dyn File,
+    marker: &Path,
+) -> Result<(JournalSuper, bool), StartError> {
+    let noted = note::read(files, marker)
+        .map_err(|source| StartError::File { path: marker.to_owned(), source })?;
+    let in_journal = |source| StartError::Journal { path: config.journal.clone(), source };
+    let found = read_super(journal, config);
+    let sup = match noted {
+        Some(noted) => dead_super(config, found.ok(), noted).map_err(|e| in_journal(e.into()))?,
+        None => found.map_err(in_journal)?,
+    };
+    Ok((sup, noted.is_some()))
 }
 
 /// The super block of a group whose journal is dead: of the journal, if it can still be

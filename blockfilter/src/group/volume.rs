@@ -294,7 +294,7 @@ impl Volume {
     /// Copies what is in memory; returns the rest as `(offset, len, place)`.
     fn read_now(&mut self, disk: u8, offset: u64, buf: &mut [u8]) -> Vec<(u64, u64, usize)> {
         let mut pieces = std::mem::take(&mut self.pieces);
-        self.overlays[usize::from(disk)].lookup(offset, buf.len() as u64, &mut pieces);
+        self.overlays[usize::from(disk)].lookup(offset, buf.len() as u64, usize::MAX, &mut pieces);
         let file = &self.target.disks[usize::from(disk)];
         let mut gaps = Vec::new();
         for piece in &pieces {
@@ -335,8 +335,7 @@ impl Volume {
         let overlay = &self.overlays[usize::from(disk)];
         // Block by block.
         let len = if overlay.is_empty() { len } else { len.min(EXTENTS_BYTES) };
-        overlay.lookup(offset, len, &mut pieces);
-        pieces.truncate(EXTENTS_MAX);
+        overlay.lookup(offset, len, EXTENTS_MAX, &mut pieces);
         let disk_pieces = pieces.iter().filter(|p| p.source == Source::Disk);
         let ranges = disk_pieces.map(|p| (p.offset, p.len)).collect();
         self.extents.insert(token, pieces);
@@ -462,8 +461,8 @@ impl Volume {
         self.engine.submit(op);
     }
 
-    /// Commits in this thread: with one client, which waits or is about to, handing the work over and
-    /// back costs more than nothing gains. Not after the journal was slow.
+    /// Commits in this thread: with one client, which waits or is about to, handing the work
+    /// over and back costs more than it gains. Not after the journal was slow.
     fn commit_here(&mut self, op: Op) {
         let before = self.clock.mono_us();
         self.done.push(self.target.execute(op));

@@ -223,3 +223,17 @@ pub fn content(volume: &mut Volume) -> Model {
     }
     Model(disks)
 }
+
+pub fn stripe(offset: u64, byte: u8) -> Act {
+    Act::Write { disk: 0, offset, data: vec![byte; 4096], fua: false }
+}
+
+/// Turns, a tenth of a second apart.
+pub fn turns(volume: &mut Volume, clock: &TestClock, count: usize) -> Vec<VolumeEvent> {
+    let mut events = Vec::new();
+    for _ in 0..count {
+        clock.advance(100_000);
+        volume.turn(&mut events);
+    }
+    events
+}

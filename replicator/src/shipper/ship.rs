@@ -88,7 +88,7 @@ pub(super) fn session(
     let mut control = shipper.source.control().map_err(SessionError::Filter)?;
     let positions = control.wait(None, Duration::ZERO).map_err(SessionError::Filter)?;
     let asked_us = shipper.clock.mono_us();
-    let ack = greet(shipper, channel, control.as_mut(), &positions)?;
+    let ack = greet(shipper, channel, &positions)?;
     let rtt_us = shipper.clock.mono_us().saturating_sub(asked_us);
     let mut start = decide(&positions, &ack);
     // Before anything can fail: it may be less than the filter believes.
@@ -149,7 +149,6 @@ pub(super) fn session(
 fn greet(
     shipper: &Shipper,
     channel: &mut Channel,
-    control: &mut dyn Control,
     positions: &Positions,
 ) -> Result<HelloAck, SessionError> {
     let hello = Hello {
@@ -173,11 +172,7 @@ fn greet(
     let answer = channel.recv(ANSWER_MAX)?;
     match answer.kind() {
         Kind::HelloAck => Ok(answer.parse()?),
-        Kind::Error => {
-            // Whatever it is, the target did not say that it holds a copy.
-            control.ship_floor(Lsn(0), false).map_err(SessionError::Filter)?;
-            Err(SessionError::Told(answer.parse()?))
-        }
+        Kind::Error => Err(SessionError::Told(answer.parse()?)),
         _ => Err(SessionError::OutOfTurn),
     }
 }

@@ -390,6 +390,23 @@ fn a_target_that_cannot_read_its_copy_takes_back_what_it_held() {
     });
 }
 
+/// Another machine that answers at its address has no copy of ours, whatever it has.
+#[test]
+fn a_target_with_another_authority_takes_back_what_ours_held() {
+    let site = Site::new();
+    let source = MemSource::new(disks());
+    let agent = site.agent("a");
+    let shipper = site.shipper(&agent, &source, site.handle.local_addr());
+    shipping(&shipper, || {
+        site.until("the complete copy is told of", || source.lock().told.1);
+    });
+    let other = Site::new();
+    let shipper = site.shipper(&agent, &source, other.handle.local_addr());
+    shipping(&shipper, || {
+        site.until("it is taken back", || source.lock().told == (Lsn(0), false));
+    });
+}
+
 #[test]
 fn a_newer_generation_takes_a_seed_over_and_the_older_one_is_fenced() {
     let site = Site::new();

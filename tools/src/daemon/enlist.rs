@@ -8,14 +8,16 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use blockfilter::config::{GroupConfig, GroupPaths};
 use blockfilter::control::{Client, Reply, Request};
 use blockfilter::engine::real::RealFiles;
-use blockfilter::engine::{Clock, Files, Open};
+use blockfilter::engine::{Clock, File, Files, Open};
 use blockfilter::group::RunError;
+use blockfilter::journal::format::JournalSuper;
 use blockfilter::journal::open::{read_chunks, read_super};
 use blockfilter::names::Name;
 
@@ -263,16 +265,25 @@ pub fn drain(
         Ok(()) => return Ok(None),
         Err(error) => error,
     };
-    let of_journal = matches!(&error, RunError::Start(e) if e.is_of_journal(config));
-    if of_journal && force {
+    let hopeless = match &error {
+        RunError::Start(e) => e.is_of_journal(config),
+        RunError::DiskLost => true,
+        RunError::DiskFailed | RunError::Serve(_) => false,
+    };
+    if hopeless && force {
         return abandon(config, paths, &error).map(Some);
     }
     let exit = match error {
         RunError::Start(_) => Exit::WrongState,
-        RunError::Serve(_) => Exit::Failed,
+        _ => Exit::Failed,
+    };
+    let kept = kept_journal(config, paths);
+    let stays = match kept.exists() {
+        true => format!("the journal was given up before and is kept at {}", kept.display()),
+        false => hint.to_owned(),
     };
     let force = format!("; standfast unprotect {} --force gives the journal up", config.group);
-    let hint = format!("{hint}{}", if of_journal { &force } else { "" });
+    let hint = format!("{stays}{}", if hopeless { &force } else { "" });
     Err(Failure::coded(exit, 23, what).why(error.to_string()).hint(hint))
 }
 
@@ -293,15 +304,20 @@ fn abandon(config: &GroupConfig, paths: &GroupPaths, error: &RunError) -> Outcom
             .why(e.to_string())
             .hint("nothing was changed; free the disks and try again")
     })?;
-    let span = journal_span(config);
     let kept = kept_journal(config, paths);
+    let journal = if config.journal.exists() { &config.journal } else { &kept };
+    let span = journal_span(journal, config);
+    let incarnation = super_of(journal, config).map_or(0, |(_, sup)| sup.incarnation.get());
     match std::fs::rename(&config.journal, &kept) {
         Ok(()) => sync_parent(&kept).failed("cannot set the journal aside")?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(Failure::io("cannot set the journal aside", &error)),
     }
-    let whole = blockfilter::group::drain_without_journal(config, paths)
-        .map_err(|e| Failure::coded(Exit::Failed, 24, what).why(e.to_string()))?;
+    let whole =
+        blockfilter::group::drain_without_journal(config, paths, incarnation).map_err(|e| {
+            let hint = format!("the journal is kept at {}; try again", kept.display());
+            Failure::coded(Exit::Failed, 24, what).why(e.to_string()).hint(hint)
+        })?;
     Ok(Abandoned {
         why: error.to_string(),
         whole,
@@ -316,13 +332,18 @@ fn sync_parent(path: &Path) -> io::Result<()> {
 }
 
 /// The journal's checkpoint, and how much may be in it from there on.
-fn journal_span(config: &GroupConfig) -> Option<(u64, u64)> {
-    let file = RealFiles.open(&config.journal, Open::Read).ok()?;
-    let sup = read_super(file.as_ref(), config).ok()?;
+fn journal_span(journal: &Path, config: &GroupConfig) -> Option<(u64, u64)> {
+    let (file, sup) = super_of(journal, config)?;
     let checkpoint = sup.checkpoint.get();
     let last = *read_chunks(file.as_ref(), &sup, checkpoint).ok()?.last_key_value()?.0;
     let end = (last + 1).saturating_mul(sup.chunk_size.get());
     Some((checkpoint, end.saturating_sub(checkpoint)))
+}
+
+fn super_of(journal: &Path, config: &GroupConfig) -> Option<(Arc<dyn File>, JournalSuper)> {
+    let file = RealFiles.open(journal, Open::Read).ok()?;
+    let sup = read_super(file.as_ref(), config).ok()?;
+    Some((file, sup))
 }
 
 /// Removes a drained group: configuration first, so that it no longer exists,
