@@ -222,11 +222,26 @@ impl Arena {
 
     /// Copies `data` to position `pos`, at or above the head. Engine thread only.
     pub fn fill(&self, pos: u64, data: &[u8]) {
-        let len = data.len() as u64;
+        let at = self.own_range(pos, data.len() as u64);
+        self.store_bytes(at, data);
+    }
+
+    /// Lets `read` write up to `len` bytes at position `pos`, at or above the head; what it
+    /// returns. Engine thread only.
+    pub fn receive<T>(&self, pos: u64, len: u64, read: impl FnOnce(&mut [u8]) -> T) -> T {
+        let at = self.own_range(pos, len);
+        // SAFETY: `at + len` is inside the map (own_range asserts it).
+        let to = unsafe { self.map.as_mut_ptr().add(at) };
+        // SAFETY: bytes from the head on are written and read by the engine thread only, and it
+        // is in this call: no other slice of them is alive.
+        read(unsafe { std::slice::from_raw_parts_mut(to, len as usize) })
+    }
+
+    /// Where the bytes at `pos` are, which may be written.
+    fn own_range(&self, pos: u64, len: u64) -> usize {
         assert!(pos >= self.head.load(Ordering::Relaxed), "a frozen byte would be written");
         assert!(pos + len <= self.floor.load(Ordering::Relaxed) + self.size);
-        let at = self.ring_offset(pos, len);
-        self.store_bytes(at, data);
+        self.ring_offset(pos, len)
     }
 
     /// The frozen or own bytes at `pos`. The slice must not be held across

@@ -145,7 +145,7 @@ pub struct DiskStatus {
     pub disk: Name,
     /// Size in bytes.
     pub size_bytes: u64,
-    /// The error that made it fail, if it did.
+    /// Why writes to it are refused, if they are.
     pub error: Option<String>,
 }
 

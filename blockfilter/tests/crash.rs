@@ -304,8 +304,11 @@ fn a_full_disk_goes_on_when_there_is_space_again() {
     turns(&mut volume, &site.clock, 5);
     let refused = volume.write(0, 0, &[2; 512], false);
     assert_eq!(refused, Err(Refusal::Fail(blockfilter::block::Errno::NoSpc)));
+    let said = |volume: &Volume| volume.status(0).disks[0].error.is_some();
+    assert!(said(&volume), "status tells why");
     files.heal();
     turns(&mut volume, &site.clock, 40);
+    assert!(!said(&volume), "and no longer than it is true");
     let positions = volume.positions();
     assert_eq!((positions.applied, positions.mode), (positions.admitted, Mode::New));
     carry_out(&mut volume, &mut model, &site.clock, &stripe(0, 2));

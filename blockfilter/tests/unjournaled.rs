@@ -16,6 +16,7 @@ use blockfilter::group::volume::{Volume, VolumeEvent};
 use blockfilter::names::Lsn;
 
 #[path = "common/sim.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
 mod sim;
 
 use sim::*;

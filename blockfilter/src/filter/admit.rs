@@ -44,7 +44,37 @@ impl Filter {
         now: u64,
     ) -> Result<Admitted, Stall> {
         let len = rec.payload.len() as u64;
+        let place = self.make_place(len, mem, now)?;
+        let crc = fill_summed(mem, place.pos, rec.payload);
+        Ok(self.place_record(rec, &place, len, crc, mem))
+    }
+
+    /// Makes a place for a payload that is received straight into the arena. It is the payload's
+    /// if [`Filter::admit_landed`] is the next admission.
+    pub fn land(&mut self, len: u64, mem: &mut impl Memory, now: u64) -> Result<u64, Stall> {
+        // A commit, which seals what is open, leaves an empty batch where it is.
+        self.seal(0, mem, now);
+        Ok(self.make_place(len, mem, now)?.pos)
+    }
+
+    /// As [`Filter::admit`] of a write whose payload of `len` bytes is at `pos` already, where
+    /// [`Filter::land`] said, and has this CRC.
+    pub fn admit_landed(
+        &mut self,
+        rec: &NewRecord<'_>,
+        (pos, len, crc): (u64, u64, u32),
+        mem: &mut impl Memory,
+        now: u64,
+    ) -> Result<Admitted, Stall> {
+        let place = self.make_place(len, mem, now)?;
+        assert_eq!(place.pos, pos, "I1: the payload is where its record will look for it");
+        Ok(self.place_record(rec, &place, len, crc, mem))
+    }
+
+    /// Makes room for the next record.
+    fn make_place(&mut self, len: u64, mem: &mut impl Memory, now: u64) -> Result<Place, Stall> {
         assert!(len <= self.config.record_max());
+        let first = self.open.descs.is_empty() && self.segments.is_empty();
         let place = self.place(len);
         if place.end > self.released() + self.config.arena {
             self.pressed = Some(Stall::Arena);
@@ -62,6 +92,21 @@ impl Filter {
             self.pad(mem, now);
         }
         assert_eq!(self.open.lsn, place.lsn, "I1: the place was computed for this batch");
+        if first {
+            self.open.since = now;
+        }
+        Ok(place)
+    }
+
+    /// Gives the record whose payload is in its place the next LSN.
+    fn place_record(
+        &mut self,
+        rec: &NewRecord<'_>,
+        place: &Place,
+        len: u64,
+        crc: u32,
+        mem: &mut impl Memory,
+    ) -> Admitted {
         self.open_chunk(mem);
         let index = self.open.descs.len();
         let lsn = place.lsn + index as u64;
@@ -74,14 +119,11 @@ impl Filter {
             offset: rec.offset.into(),
             lsn: lsn.into(),
             payload_off: if has_payload { (place.pos - place.lsn) as u32 } else { 0 }.into(),
-            crc: fill_summed(mem, place.pos, rec.payload).into(),
+            crc: crc.into(),
             reserved: 0.into(),
         };
         let at = place.lsn + (size_of::<BatchHdr>() + index * size_of::<RecDesc>()) as u64;
         mem.fill(at, desc.as_bytes());
-        if index == 0 {
-            self.open.since = now;
-        }
         if rec.op != RecOp::Mark {
             self.dirty.set(rec.disk, rec.offset, u64::from(rec.len));
         }
@@ -89,7 +131,7 @@ impl Filter {
         self.open.fill = self.open.fill.max(place.pos + len);
         self.foresee.wrote();
         mem.publish(self.admitted());
-        Ok(Admitted { lsn, pos: place.pos })
+        Admitted { lsn, pos: place.pos }
     }
 
     /// Admits a mark and seals its batch, so that nothing later enters its
@@ -182,7 +224,7 @@ impl Filter {
             lsn: next,
             fill: next + PAGE,
             descs: Vec::with_capacity(RECS_MAX),
-            since: now,
+            since: self.open.since,
             chunk_open: next == end,
         };
         mem.publish(next);

@@ -1,14 +1,17 @@
 //! One NBD connection on a socket that never blocks.
 //!
-//! Requests are read many at a time into a window; small payloads go from there
-//! straight into the arena, large ones into a buffer of their own whose
-//! size was reserved before its first byte is read (ruling 11). A payload that is
-//! not complete never gets an LSN (I1, I12). Requests of one connection are
+//! Requests are read many at a time into a window; small payloads go from there into the
+//! arena. A large one is received straight into its place there, or, if another is on its way, is
+//! larger than a record or no whole number of sectors, into a buffer of its own. Its size was
+//! reserved before its first byte is read (ruling 11), because a place can be lost. A payload that
+//! is not complete never gets an LSN (I1, I12). Requests of one connection are
 //! admitted in order; answers go out as they are ready.
 //!
 //! Holds: what a client makes us keep is bounded (I24): the window, [`OUT_MAX`] bytes
 //! of answers, [`IN_FLIGHT_MAX`] bytes of reads under way, its share of the
 //! payload budget.
+
+mod payload;
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
@@ -78,8 +81,13 @@ pub struct Conn {
     window: Vec<u8>,
     start: usize,
     end: usize,
+    /// Received at once when nothing is known of what comes: behind a large payload only the
+    /// next header, so that another one need not be copied out of the window.
+    ahead: usize,
     out: Out,
     job: Option<Job>,
+    /// Of the payload budget, bytes.
+    reserved: u64,
     waiting: HashMap<u32, Waiting>,
     waiting_bytes: u64,
     next_seq: u32,
@@ -100,10 +108,10 @@ enum Phase {
 /// A request that is not admitted yet, or only in part.
 #[derive(Debug)]
 enum Job {
-    /// The payload is being received into `buf`.
+    /// The payload is being received into `buf`, or into the arena while that is empty.
     Fill { header: Header, offset: u64, fua: bool, buf: Vec<u8>, filled: usize },
     /// The payload is complete; `done` bytes of it are admitted.
-    Admit { header: Header, offset: u64, fua: bool, buf: Vec<u8>, done: usize, staged: bool },
+    Admit { header: Header, offset: u64, fua: bool, buf: Vec<u8>, done: usize },
     /// A range becomes zeroes; the first `done` bytes are admitted.
     Zero { header: Header, offset: u64, len: u64, flags: ZeroFlags, trim: bool, done: u64 },
     /// A refused payload is thrown away.
@@ -129,8 +137,10 @@ impl Conn {
             window: vec![0; WINDOW],
             start: 0,
             end: 0,
+            ahead: WINDOW,
             out: Out::default(),
             job: None,
+            reserved: 0,
             waiting: HashMap::new(),
             waiting_bytes: 0,
             next_seq: 0,
@@ -292,18 +302,15 @@ impl Conn {
                     continue;
                 }
                 if payload <= SMALL {
+                    self.ahead = WINDOW;
                     return Ok(Progress::Input);
                 }
-                if shared.staged > 0 && shared.staged + payload as u64 > shared.staged_max {
-                    return Ok(Progress::Budget);
+                match self.begin_payload(volume, shared, disk, (header, offset, fua)) {
+                    Some(progress) => return Ok(progress),
+                    None => continue,
                 }
-                shared.staged += payload as u64;
-                self.start += REQUEST_LEN;
-                self.moved_at = now;
-                let buf = shared.buffers.take(payload);
-                self.job = Some(Job::Fill { header, offset, fua, buf, filled: 0 });
-                continue;
             }
+            self.ahead = WINDOW;
             self.start += REQUEST_LEN;
             self.decide(volume, limits, disk, header, decision);
             if matches!(decision, Decision::Close) {
@@ -324,16 +331,22 @@ impl Conn {
         match self.job.take() {
             None => Ok(None),
             Some(Job::Fill { header, offset, fua, buf, filled }) => {
-                self.fill_payload((header, offset, fua), buf, filled, now)
+                let (buf, filled) = self.fill_payload(volume, &header, buf, filled, now)?;
+                if filled < header.len as usize {
+                    self.job = Some(Job::Fill { header, offset, fua, buf, filled });
+                    return Ok(Some(Progress::Input));
+                }
+                self.payload_done(volume, shared, limits, disk, (header, offset, fua), buf);
+                Ok(None)
             }
-            Some(Job::Admit { header, offset, fua, buf, mut done, staged }) => {
+            Some(Job::Admit { header, offset, fua, buf, mut done }) => {
                 let result = admit_write(volume, disk, offset, &buf, &mut done, fua);
                 if matches!(result, Err(Refusal::Stalled)) {
-                    self.job = Some(Job::Admit { header, offset, fua, buf, done, staged });
+                    self.job = Some(Job::Admit { header, offset, fua, buf, done });
                     return Ok(Some(Progress::Room));
                 }
-                if staged {
-                    shared.staged -= buf.len() as u64;
+                if self.reserved > 0 {
+                    self.give_back(shared);
                     shared.buffers.give(buf);
                 }
                 self.admitted(volume, limits, header, fua, result);
@@ -365,57 +378,6 @@ impl Conn {
         }
     }
 
-    /// Receives the rest of a large payload.
-    fn fill_payload(
-        &mut self,
-        (header, offset, fua): (Header, u64, bool),
-        mut buf: Vec<u8>,
-        mut filled: usize,
-        now: u64,
-    ) -> io::Result<Option<Progress>> {
-        let have = (self.end - self.start).min(buf.len() - filled);
-        buf[filled..filled + have].copy_from_slice(&self.window[self.start..self.start + have]);
-        self.start += have;
-        filled += have;
-        while filled < buf.len() {
-            match self.recv_into(&mut buf[filled..]) {
-                Ok(count) if count > 0 => filled += count,
-                other => {
-                    // On an error too: closing gives back what was reserved.
-                    self.job = Some(Job::Fill { header, offset, fua, buf, filled });
-                    return other.map(|_| Some(Progress::Input));
-                }
-            }
-            self.moved_at = now;
-        }
-        self.job = Some(Job::Admit { header, offset, fua, buf, done: 0, staged: true });
-        Ok(None)
-    }
-
-    /// Throws away the payload of a refused write, then answers.
-    fn drain_payload(
-        &mut self,
-        limits: Limits,
-        header: Header,
-        mut left: u64,
-        errno: Errno,
-        now: u64,
-    ) -> io::Result<Option<Progress>> {
-        loop {
-            let have = ((self.end - self.start) as u64).min(left);
-            self.start += have as usize;
-            left -= have;
-            if left == 0 {
-                self.out.add(|o| reply_error(o, limits.structured, &header, errno));
-                return Ok(None);
-            }
-            if !self.receive(now)? {
-                self.job = Some(Job::Drain { header, left, errno });
-                return Ok(Some(Progress::Input));
-            }
-        }
-    }
-
     /// A write whose payload is in the window.
     fn write_now(
         &mut self,
@@ -430,7 +392,7 @@ impl Conn {
         let result = admit_write(volume, disk, offset, data, &mut done, fua);
         if matches!(result, Err(Refusal::Stalled)) {
             let buf = data.to_vec();
-            self.job = Some(Job::Admit { header, offset, fua, buf, done, staged: false });
+            self.job = Some(Job::Admit { header, offset, fua, buf, done });
             return;
         }
         self.admitted(volume, limits, header, fua, result);
@@ -639,11 +601,12 @@ impl Conn {
             (self.start, self.end) = (0, self.end - self.start);
         }
         let mut window = std::mem::take(&mut self.window);
-        let count = self.recv_into(&mut window[self.end..]);
+        let room = (window.len() - self.end).min(self.ahead);
+        let count = self.recv_into(&mut window[self.end..self.end + room]);
         self.window = window;
         let count = count?;
         self.end += count;
-        self.drained = count > 0 && self.end < self.window.len();
+        self.drained = count > 0 && count < room;
         if count > 0 && !matches!(self.phase, Phase::Handshake(_)) {
             self.moved_at = now;
         }
@@ -663,10 +626,9 @@ impl Conn {
     }
 
     /// Gives back what it reserved. What it did not finish never happens (I12).
-    pub fn close(self, shared: &mut Shared) {
-        if let Some(Job::Fill { buf, .. } | Job::Admit { buf, staged: true, .. }) = self.job {
-            shared.staged -= buf.len() as u64;
-        }
+    pub fn close(mut self, volume: &mut Volume, shared: &mut Shared) {
+        self.give_back(shared);
+        volume.take_back(self.id);
     }
 }
 

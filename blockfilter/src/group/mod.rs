@@ -6,6 +6,7 @@
 
 pub mod conn;
 pub mod ctl;
+mod landing;
 pub mod serve;
 pub mod start;
 pub mod volume;

@@ -416,7 +416,7 @@ impl Server {
         if let Some((mut conn, _)) = self.conns.remove(&id) {
             let _ = conn.flush_output(0);
             let _ = epoll::delete(&self.epoll, conn.fd());
-            conn.close(&mut self.shared);
+            conn.close(&mut self.volume, &mut self.shared);
         }
         self.waiting.retain(|w| *w != id);
         self.budget.retain(|w| *w != id);

@@ -6,21 +6,24 @@
 //! Holds I2: an answered write is in the overlay and published in the arena. Runs on
 //! one thread; never blocks except to complete a write that is no multiple of a sector.
 
+mod admit;
+
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::landing::Landing;
 use crate::apply::plan;
 use crate::arena::{Arena, Word};
-use crate::block::{Errno, Extent, SECTOR, ZeroFlags};
+use crate::block::{Errno, Extent};
 use crate::control::{DiskStatus, FilterStatus, Positions};
 use crate::dirty::DirtyExtent;
 use crate::engine::queue::{Done, Engine, Op, Target};
-use crate::engine::{Clock, Files};
-use crate::filter::{Action, Filter, Memory, NewRecord, Stall};
-use crate::journal::format::{REC_FUA, REC_NO_HOLE, RecOp};
+use crate::engine::{Clock, Files, no_space};
+use crate::filter::{Action, Filter, Memory};
+use crate::journal::format::RecOp;
 use crate::names::Name;
 use crate::nbd::transmission::EXTENTS_MAX;
 use crate::overlay::{Overlay, Piece, Source};
@@ -116,6 +119,9 @@ pub struct Volume {
     clock: Arc<dyn Clock>,
     arena_path: PathBuf,
     files: Arc<dyn Files>,
+    landing: Option<Landing>,
+    /// What was moved out of its place, by owner.
+    moved_out: HashMap<u64, Vec<u8>>,
     pieces: Vec<Piece>,
     done: Vec<Done>,
     /// Extent queries in flight: the overlay's part of each.
@@ -153,6 +159,8 @@ impl Volume {
             engine,
             clock,
             arena_path,
+            landing: None,
+            moved_out: HashMap::new(),
             pieces: Vec::new(),
             done: Vec::new(),
             extents: HashMap::new(),
@@ -165,120 +173,6 @@ impl Volume {
             writes: 0,
             write_bytes: 0,
         }
-    }
-
-    /// Writes the first part of `data` and tells how many bytes it took and the
-    /// position that must be durable for FUA. Call again with the rest.
-    pub fn write(
-        &mut self,
-        disk: u8,
-        offset: u64,
-        data: &[u8],
-        fua: bool,
-    ) -> Result<(usize, u64), Refusal> {
-        let flags = if fua { REC_FUA } else { 0 };
-        self.check_writable(disk, data.len() as u64)?;
-        let lead = offset % SECTOR;
-        if lead != 0 || (data.len() as u64) < SECTOR {
-            return self.write_part_sector(disk, offset, data, flags);
-        }
-        let max = (data.len() as u64 / SECTOR * SECTOR).min(self.record_max());
-        let part = &data[..max as usize];
-        let end = self.admit(RecOp::Write, flags, disk, offset, part.len() as u64, part)?;
-        self.writes += 1;
-        self.write_bytes += max;
-        Ok((part.len(), end))
-    }
-
-    /// Completes less than a sector from what is there (ruling 8).
-    fn write_part_sector(
-        &mut self,
-        disk: u8,
-        offset: u64,
-        data: &[u8],
-        flags: u16,
-    ) -> Result<(usize, u64), Refusal> {
-        let lead = offset % SECTOR;
-        let start = offset - lead;
-        let count = (SECTOR - lead).min(data.len() as u64) as usize;
-        let mut sector = self.read_blocking(disk, start, SECTOR)?;
-        sector[lead as usize..lead as usize + count].copy_from_slice(&data[..count]);
-        let end = self.admit(RecOp::Write, flags, disk, start, SECTOR, &sector)?;
-        Ok((count, end))
-    }
-
-    /// Makes the first part of the range read as zeroes; as [`Volume::write`].
-    pub fn zero(
-        &mut self,
-        disk: u8,
-        offset: u64,
-        len: u64,
-        flags: ZeroFlags,
-        trim: bool,
-    ) -> Result<(u64, u64), Refusal> {
-        self.check_writable(disk, 0)?;
-        let fua = if flags.fua { REC_FUA } else { 0 };
-        if !offset.is_multiple_of(SECTOR) || len < SECTOR {
-            let zeroes = [0; SECTOR as usize];
-            let count = (SECTOR - offset % SECTOR).min(len) as usize;
-            let (done, end) = self.write_part_sector(disk, offset, &zeroes[..count], fua)?;
-            return Ok((done as u64, end));
-        }
-        let len = len / SECTOR * SECTOR;
-        let bits = if flags.no_hole && !trim { fua | REC_NO_HOLE } else { fua };
-        let op = if trim { RecOp::Trim } else { RecOp::Zero };
-        let end = self.admit(op, bits, disk, offset, len, &[])?;
-        self.writes += 1;
-        if bits & REC_NO_HOLE == 0 {
-            // The range will be a hole: later writes to it need space again.
-            let disk = &mut self.disks[usize::from(disk)];
-            disk.sparse = !disk.device;
-        }
-        Ok((len, end))
-    }
-
-    fn admit(
-        &mut self,
-        op: RecOp,
-        flags: u16,
-        disk: u8,
-        offset: u64,
-        len: u64,
-        payload: &[u8],
-    ) -> Result<u64, Refusal> {
-        let size = self.disks[usize::from(disk)].size;
-        assert!(offset + len <= size.next_multiple_of(SECTOR), "I1: a validated range");
-        let rec = NewRecord { op, flags, disk, offset, len: len as u32, payload };
-        let now = self.clock.mono_us();
-        match self.filter.admit(&rec, &mut self.memory, now) {
-            Ok(admitted) => {
-                let overlay = &mut self.overlays[usize::from(disk)];
-                if op == RecOp::Write {
-                    overlay.insert_write(admitted.lsn, offset, len, admitted.pos);
-                } else {
-                    overlay.insert_zero(admitted.lsn, offset, len);
-                }
-                Ok(admitted.lsn + 1)
-            }
-            Err(Stall::Arena | Stall::Journal) if self.filter.stall_is_final() => {
-                Err(Refusal::Fail(Errno::Io))
-            }
-            Err(Stall::Arena | Stall::Journal) => Err(Refusal::Stalled),
-        }
-    }
-
-    fn check_writable(&mut self, disk: u8, len: u64) -> Result<(), Refusal> {
-        if let Some(errno) = self.filter.refusal(disk) {
-            return Err(Refusal::Fail(errno));
-        }
-        let index = usize::from(disk);
-        if self.disks[index].sparse {
-            let unapplied = self.filter.admitted() - self.applied();
-            if self.free[index] < unapplied + len + SPACE_MARGIN {
-                return Err(Refusal::Fail(Errno::NoSpc));
-            }
-        }
-        Ok(())
     }
 
     /// Fills `buf` from `offset` on, or starts a read that brings it later.
@@ -370,12 +264,6 @@ impl Volume {
         let s = self.filter.begin_seed();
         self.publish();
         s
-    }
-
-    /// Admits a mark; its point's position. Stalled if there is no room yet.
-    pub fn mark(&mut self, tag: &[u8], app: bool) -> Result<u64, Refusal> {
-        let now = self.clock.mono_us();
-        self.filter.admit_mark(tag, app, &mut self.memory, now).map_err(|_| Refusal::Stalled)
     }
 
     /// Whether only one connection is active. Then a commit that it waits for, or will
@@ -558,6 +446,10 @@ impl Volume {
     }
 
     fn note_disk(&mut self, disk: u8, error: &io::Error) {
+        if no_space(error) {
+            tracing::warn!(disk = %self.disks[usize::from(disk)].name, %error, "a disk is full");
+            return;
+        }
         let slot = &mut self.errors[usize::from(disk)];
         if slot.is_none() {
             tracing::error!(disk = %self.disks[usize::from(disk)].name, %error, "a disk failed");
@@ -623,10 +515,11 @@ impl Volume {
     pub fn status(&self, connections: u32) -> FilterStatus {
         let positions = self.positions();
         let (journal_used_bytes, journal_capacity_bytes) = self.filter.journal_use();
-        let disks = self.disks.iter().zip(&self.errors).map(|(disk, error)| DiskStatus {
+        let full = "its file system is full; writes are refused until there is room";
+        let disks = self.disks.iter().enumerate().map(|(index, disk)| DiskStatus {
             disk: disk.name.clone(),
             size_bytes: disk.size,
-            error: error.clone(),
+            error: self.errors[index].clone().or(self.is_full(index, 0).then(|| full.into())),
         });
         FilterStatus {
             pid: std::process::id(),

@@ -127,6 +127,18 @@ pub struct Judgement {
 
 /// Derives state and health. (pure)
 pub fn judge(view: &View) -> Judgement {
+    let mut judgement = judge_copy(view);
+    for disk in view.filter.iter().flat_map(|f| &f.disks) {
+        if let Some(error) = &disk.error {
+            judgement.health = "critical";
+            judgement.reasons.push(format!("disk {}: {error}", disk.disk));
+        }
+    }
+    judgement
+}
+
+/// The same without the disks' own trouble.
+fn judge_copy(view: &View) -> Judgement {
     let say = |state, health, reason: &str| Judgement {
         state,
         health,
@@ -304,6 +316,17 @@ mod tests {
             assert_eq!(judgement.state, state, "{replicator:?}");
             assert_ne!(judgement.health, "healthy", "{replicator:?}");
         }
+    }
+
+    #[test]
+    fn a_disk_that_refuses_writes_is_critical_however_good_the_copy_is() {
+        let mut view = view(Mode::Shipping, Some(streaming()));
+        let (disk, error) = ("d".parse().unwrap(), Some("it is full".to_owned()));
+        let disks = &mut view.filter.as_mut().unwrap().disks;
+        disks.push(blockfilter::control::DiskStatus { disk, size_bytes: 512, error });
+        let judgement = judge(&view);
+        assert_eq!((judgement.state, judgement.health), ("protected", "critical"));
+        assert!(judgement.reasons[0].contains("full"), "{judgement:?}");
     }
 
     #[test]
