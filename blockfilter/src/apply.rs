@@ -6,6 +6,7 @@
 //! each byte in one of the two.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::journal::format::{REC_NO_HOLE, RecDesc, RecOp};
 
@@ -30,7 +31,7 @@ pub enum ApplyOp {
     },
 }
 
-/// A sealed batch that is still in the arena.
+/// A sealed batch that is still in the arena. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct SealedBatch {
     /// Its position.
@@ -40,7 +41,7 @@ pub struct SealedBatch {
     /// Its header's CRC.
     pub hdr_crc: u32,
     /// Its records.
-    pub descs: Box<[RecDesc]>,
+    pub descs: Arc<[RecDesc]>,
 }
 
 /// What to do to each disk (by index) for these batches, oldest first.

@@ -228,7 +228,7 @@ impl Arena {
 
     /// Lets `read` write up to `len` bytes at position `pos`, at or above the head; what it
     /// returns. Engine thread only.
-    pub fn receive<T>(&self, pos: u64, len: u64, read: impl FnOnce(&mut [u8]) -> T) -> T {
+    pub(crate) fn receive<T>(&self, pos: u64, len: u64, read: impl FnOnce(&mut [u8]) -> T) -> T {
         let at = self.own_range(pos, len);
         // SAFETY: `at + len` is inside the map (own_range asserts it).
         let to = unsafe { self.map.as_mut_ptr().add(at) };

@@ -19,7 +19,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use zerocopy::IntoBytes;
 
 use super::{File, Files};
-use crate::apply::ApplyOp;
+use crate::apply::{ApplyOp, SealedBatch, plan};
 use crate::arena::{Arena, Word};
 use crate::block::Extent;
 use crate::journal::batch::super_offset;
@@ -50,8 +50,8 @@ pub enum Op {
         /// Bytes.
         len: u64,
     },
-    /// Do these to each disk.
-    Apply(Vec<(u8, Vec<ApplyOp>)>),
+    /// Write these batches, oldest first, to the disks.
+    Apply(Vec<SealedBatch>),
     /// Sync each disk that was written since the last time.
     SyncDisks,
     /// Write and sync a super block.
@@ -187,7 +187,7 @@ impl Target {
             Op::JournalCommit { at, pos, len } => {
                 Done::JournalSync(self.journal.write_durable_at(at, self.arena.bytes(pos, len)))
             }
-            Op::Apply(disks) => Done::Apply(self.apply(&disks)),
+            Op::Apply(batches) => Done::Apply(self.apply(&plan(batches.iter()))),
             Op::SyncDisks => Done::SyncDisks(self.sync_disks()),
             Op::WriteSuper(sup) => Done::WriteSuper(self.write_super(&sup)),
             Op::MarkUnjournaled(incarnation) => {
@@ -506,6 +506,7 @@ mod tests {
     use crate::arena::{ARENA_MAGIC, ArenaHdr};
     use crate::engine::Open;
     use crate::engine::record::SimFiles;
+    use crate::journal::format::{RecDesc, RecOp};
 
     const LONG: Duration = Duration::from_secs(60);
 
@@ -583,13 +584,24 @@ mod tests {
         (Arc::new(target), slow, has_begun, tell)
     }
 
+    /// Writes a block at each of these offsets of the first disk.
+    fn batch(offsets: &[u64]) -> SealedBatch {
+        let desc = |offset: &u64| RecDesc {
+            op: RecOp::Write as u8,
+            offset: (*offset).into(),
+            len: 4096.into(),
+            ..RecDesc::default()
+        };
+        let descs = offsets.iter().map(desc).collect();
+        SealedBatch { lsn: 0, end: 8192, hdr_crc: 0, descs }
+    }
+
     /// I6: what is written while a sync runs is not taken for synced by it.
     #[test]
     fn a_sync_in_the_midst_of_an_apply_does_not_count_for_its_rest() {
         let dir = tempfile::tempdir().unwrap();
         let (target, slow, has_begun, tell) = target(dir.path());
-        let write = |offset| ApplyOp::Write { offset, parts: vec![(0, 4096)] };
-        let apply = Op::Apply(vec![(0, vec![write(0), write(8192)])]);
+        let apply = Op::Apply(vec![batch(&[0, 8192])]);
         std::thread::scope(|scope| {
             let applying = scope.spawn(|| target.execute(apply));
             has_begun.recv_timeout(LONG).unwrap();
@@ -628,8 +640,8 @@ mod tests {
             slow.syncs.load(Ordering::SeqCst)
         };
         assert_eq!((ask(), ask()), (1, 1));
-        let write = vec![ApplyOp::Write { offset: 0, parts: vec![(0, 4096)] }];
-        assert!(matches!(target.execute(Op::Apply(vec![(0, write)])), Done::Apply(Ok(()))));
+        let apply = Op::Apply(vec![batch(&[0])]);
+        assert!(matches!(target.execute(apply), Done::Apply(Ok(()))));
         assert_eq!((ask(), ask()), (2, 2));
         assert!(matches!(target.execute(Op::SyncDisks), Done::SyncDisks(Ok(()))));
         assert_eq!(slow.syncs.load(Ordering::SeqCst), 3, "the checkpoint's sync is its own");

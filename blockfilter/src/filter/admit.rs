@@ -50,11 +50,20 @@ impl Filter {
     }
 
     /// Makes a place for a payload that is received straight into the arena. It is the payload's
-    /// if [`Filter::admit_landed`] is the next admission.
-    pub fn land(&mut self, len: u64, mem: &mut impl Memory, now: u64) -> Result<u64, Stall> {
+    /// if [`Filter::admit_landed`] is the next admission. None at a chunk's end: padding comes only
+    /// with the record behind it.
+    pub fn land(
+        &mut self,
+        len: u64,
+        mem: &mut impl Memory,
+        now: u64,
+    ) -> Result<Option<u64>, Stall> {
         // A commit, which seals what is open, leaves an empty batch where it is.
         self.seal(0, mem, now);
-        Ok(self.make_place(len, mem, now)?.pos)
+        if self.place(len).pad {
+            return Ok(None);
+        }
+        Ok(Some(self.make_place(len, mem, now)?.pos))
     }
 
     /// As [`Filter::admit`] of a write whose payload of `len` bytes is at `pos` already, where

@@ -615,6 +615,11 @@ impl Filter {
         }
     }
 
+    /// Whether a disk failed.
+    pub fn lost_a_disk(&self) -> bool {
+        self.failed.contains(&true)
+    }
+
     /// As if every disk failed: nothing is promised any more.
     pub fn lose_disks(&mut self) {
         (0..DISKS_MAX).for_each(|disk| self.lose_disk(disk as u8));

@@ -15,7 +15,6 @@ use std::io;
 
 use crate::arena::{Arena, Word};
 use crate::config::{GroupConfig, GroupPaths};
-use crate::control::Mode;
 use crate::engine::real::RealFiles;
 use crate::journal::note;
 use serve::{Server, settle, wait_until};
@@ -31,8 +30,8 @@ pub enum RunError {
     /// A disk failed: its writes are in the journal.
     #[error("a disk failed; the journal still holds its writes")]
     DiskFailed,
-    /// A disk failed, and there is no journal to write it again from.
-    #[error("a disk failed while the group had no journal: what was written to it may be lost")]
+    /// A disk failed or a sync was cut off, and there is no journal to write it again from.
+    #[error("a disk failed to sync while the group had no journal: what was written may be lost")]
     DiskLost,
     /// Its sockets or its loop failed.
     #[error("serving the group failed: {0}")]
@@ -70,7 +69,7 @@ pub fn drain_without_journal(
     }
     let mut volume = start::open(config, paths)?;
     volume.filter().forgive_disks();
-    write_back(volume)?;
+    write_back(volume, true)?;
     // A start that found no arena noted the incarnation that it began.
     Ok(synced && note::read(&RealFiles, &marker)? == Some(before.unwrap_or(incarnation)))
 }
@@ -78,16 +77,24 @@ pub fn drain_without_journal(
 /// Writes everything back to the disks without serving them: they are plain
 /// images again on return. For `unprotect` when no filter runs.
 pub fn drain(config: &GroupConfig, paths: &GroupPaths) -> Result<(), RunError> {
-    write_back(start::open(config, paths)?)
+    let noted = note::read(&RealFiles, &start::marker(paths))?.is_some();
+    if noted && Arena::peek(&config.arena_path(), Word::Syncing)?.is_some_and(|n| n != 0) {
+        return Err(RunError::DiskLost);
+    }
+    write_back(start::open(config, paths)?, noted)
 }
 
-fn write_back(mut volume: Volume) -> Result<(), RunError> {
+/// `noted`: that there is no journal, before this start.
+fn write_back(mut volume: Volume, noted: bool) -> Result<(), RunError> {
     settle(&mut volume)?;
     volume.filter().request_drain();
     wait_until(&mut volume, |v| v.filter().drained() || v.filter().stall_is_final())?;
     if volume.filter().stall_is_final() {
-        let journaled = volume.positions().mode != Mode::Unjournaled;
-        return Err(if journaled { RunError::DiskFailed } else { RunError::DiskLost });
+        return Err(match volume.filter().lost_a_disk() {
+            true if noted => RunError::DiskLost,
+            true => RunError::DiskFailed,
+            false => io::Error::other("the journal failed, and no note of that can be made").into(),
+        });
     }
     volume.remove_arena();
     Ok(())

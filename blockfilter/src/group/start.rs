@@ -15,7 +15,7 @@ use rustix::fs::{FlockOperation, flock};
 use zerocopy::IntoBytes;
 
 use super::volume::{ArenaMemory, Volume, VolumeDisk};
-use crate::apply::{SealedBatch, plan};
+use crate::apply::SealedBatch;
 use crate::arena::{ARENA_MAGIC, Arena, ArenaHdr, Word, boot_id};
 use crate::config::{GroupConfig, GroupPaths};
 use crate::engine::blocking::Blocking;
@@ -385,8 +385,8 @@ fn warm(
         applied,
         applied_crc,
         // With a journal, what was applied was durable before (I3), even if the dead
-        // process did not come to say so. Without one it still has to be synced.
-        durable: if dead { durable.min(applied) } else { durable.max(applied) },
+        // process did not come to say so. Without one the disks still have to be synced.
+        durable: if dead { sup.checkpoint.get() } else { durable.max(applied) },
         sealed,
         open,
         unjournaled: dead,
@@ -607,8 +607,7 @@ fn write_back(
     let mut window: Vec<SealedBatch> = Vec::new();
     let mut bytes = Vec::new();
     let flush = |engine: &mut Inline, window: &mut Vec<SealedBatch>| {
-        engine.submit(Op::Apply(plan(window.iter())));
-        window.clear();
+        engine.submit(Op::Apply(std::mem::take(window)));
         finish(engine)
     };
     for batch in &scanned.batches {

@@ -15,9 +15,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::landing::Landing;
-use crate::apply::plan;
+use crate::apply::SealedBatch;
 use crate::arena::{Arena, Word};
-use crate::block::{Errno, Extent};
+use crate::block::{BLOCK, Errno, Extent};
 use crate::control::{DiskStatus, FilterStatus, Positions};
 use crate::dirty::DirtyExtent;
 use crate::engine::queue::{Done, Engine, Op, Target};
@@ -122,6 +122,8 @@ pub struct Volume {
     landing: Option<Landing>,
     /// What was moved out of its place, by owner.
     moved_out: HashMap<u64, Vec<u8>>,
+    /// What a finished write-back has still to take out of the overlays.
+    retiring: Option<Vec<SealedBatch>>,
     pieces: Vec<Piece>,
     done: Vec<Done>,
     /// Extent queries in flight: the overlay's part of each.
@@ -161,6 +163,7 @@ impl Volume {
             arena_path,
             landing: None,
             moved_out: HashMap::new(),
+            retiring: None,
             pieces: Vec::new(),
             done: Vec::new(),
             extents: HashMap::new(),
@@ -299,7 +302,7 @@ impl Volume {
                 // A disk that fails to sync ends the wait too, with an error.
                 room |= matches!(
                     item,
-                    Done::Apply(_)
+                    Done::Apply(Err(_))
                         | Done::WriteSuper(_)
                         | Done::MarkUnjournaled(_)
                         | Done::SyncDisks(Err(_))
@@ -307,6 +310,7 @@ impl Volume {
                 self.handle(item, events, now);
             }
             self.done = done;
+            room |= self.retire(now);
             let mut acted = false;
             while let Some(action) = self.filter.poll_action(&mut self.memory, now) {
                 self.start(action);
@@ -341,7 +345,7 @@ impl Volume {
                 }
                 op
             }
-            Action::Apply { to } => Op::Apply(plan(self.filter.window(to))),
+            Action::Apply { to } => Op::Apply(self.filter.window(to).cloned().collect()),
             Action::SyncDisks => Op::SyncDisks,
             Action::WriteSuper(sup) => Op::WriteSuper(sup),
             Action::MarkUnjournaled => Op::MarkUnjournaled(self.positions().incarnation),
@@ -383,8 +387,10 @@ impl Volume {
             Done::Apply(result) => {
                 if let Err((disk, error)) = &result {
                     self.note_disk(*disk, error);
+                    self.filter.handle_apply(result, &mut self.memory, now);
+                } else if let Some(to) = self.filter.applying() {
+                    self.retiring = Some(self.filter.window(to).cloned().collect());
                 }
-                self.handle_apply(result, now);
             }
             Done::SyncDisks(result) => {
                 if let Err((disk, error)) = &result {
@@ -405,28 +411,34 @@ impl Volume {
         }
     }
 
-    /// Applied records leave the overlay, only now that all are on the disks (I10).
-    fn handle_apply(&mut self, result: Result<(), (u8, io::Error)>, now: u64) {
-        let before = self.applied();
-        let ok = result.is_ok();
-        let descs: Vec<_> = match self.filter.applying() {
-            Some(to) if ok => {
-                self.filter.window(to).flat_map(|b| b.descs.iter().copied()).collect()
-            }
-            _ => Vec::new(),
-        };
-        self.filter.handle_apply(result, &mut self.memory, now);
-        let applied = self.applied();
-        assert!(applied >= before);
-        for desc in descs {
-            let overlay = &mut self.overlays[usize::from(desc.disk)];
-            let (offset, len) = (desc.offset.get(), u64::from(desc.len.get()));
-            match desc.rec_op() {
-                Some(RecOp::Write) => overlay.remove_write(applied, offset, len),
-                Some(RecOp::Zero | RecOp::Trim) => overlay.remove_zero(applied, offset, len),
-                _ => {}
+    /// Applied records leave the overlay, only now that all are on the disks (I10), and only some
+    /// a turn: clients wait meanwhile. Then their memory is free. True if it is.
+    fn retire(&mut self, now: u64) -> bool {
+        let Some(to) = self.filter.applying() else { return false };
+        let Some(batches) = &mut self.retiring else { return false };
+        let mut blocks = 0;
+        while blocks < RETIRE_BLOCKS
+            && let Some(batch) = batches.pop()
+        {
+            for desc in &*batch.descs {
+                let overlay = &mut self.overlays[usize::from(desc.disk)];
+                let (offset, len) = (desc.offset.get(), u64::from(desc.len.get()));
+                match desc.rec_op() {
+                    Some(RecOp::Write) => {
+                        overlay.remove_write(to, offset, len);
+                        blocks += len.div_ceil(BLOCK);
+                    }
+                    Some(RecOp::Zero | RecOp::Trim) => overlay.remove_zero(to, offset, len),
+                    _ => {}
+                }
             }
         }
+        let done = batches.is_empty();
+        if done {
+            self.retiring = None;
+            self.filter.handle_apply(Ok(()), &mut self.memory, now);
+        }
+        done
     }
 
     fn publish(&self) {
@@ -491,7 +503,7 @@ impl Volume {
 
     /// Monotonic time at which [`Volume::turn`] is due if nothing happens.
     pub fn timeout(&self) -> Option<u64> {
-        self.filter.poll_timeout()
+        if self.retiring.is_some() { Some(0) } else { self.filter.poll_timeout() }
     }
 
     /// Readable when [`Volume::turn`] has something to do.
@@ -567,6 +579,8 @@ fn merge_extents(pieces: &[Piece], from_disk: Vec<Vec<Extent>>) -> Vec<Extent> {
 
 /// Most bytes of a disk with unapplied writes that one question for extents is answered for.
 const EXTENTS_BYTES: u64 = 64 << 20;
+/// Blocks that leave the overlays in one turn.
+const RETIRE_BLOCKS: u64 = 512;
 /// Bytes that stay free on a file system that holds a sparse image.
 pub const SPACE_MARGIN: u64 = 16 << 20;
 const SPACE_CHECK_EVERY: u64 = 50_000;

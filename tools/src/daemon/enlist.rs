@@ -278,12 +278,15 @@ pub fn drain(
         _ => Exit::Failed,
     };
     let kept = kept_journal(config, paths);
-    let stays = match kept.exists() {
-        true => format!("the journal was given up before and is kept at {}", kept.display()),
-        false => hint.to_owned(),
+    let force = format!("standfast unprotect {} --force", config.group);
+    let hint = match &error {
+        RunError::DiskLost => format!("check the disks; {force} gives them back as they are"),
+        _ if kept.exists() => {
+            format!("the journal was given up before and is kept at {}", kept.display())
+        }
+        _ if hopeless => format!("{hint}; {force} gives the journal up"),
+        _ => hint.to_owned(),
     };
-    let force = format!("; standfast unprotect {} --force gives the journal up", config.group);
-    let hint = format!("{stays}{}", if hopeless { &force } else { "" });
     Err(Failure::coded(exit, 23, what).why(error.to_string()).hint(hint))
 }
 

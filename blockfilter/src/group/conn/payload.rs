@@ -23,7 +23,9 @@ impl Conn {
             return Some(Progress::Budget);
         }
         let sectors = offset.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR);
-        let lands = sectors && (LAND_MIN..=volume.record_max()).contains(&len);
+        // With several payloads on their way each would take the place from the other.
+        let lands =
+            shared.staged == 0 && sectors && (LAND_MIN..=volume.record_max()).contains(&len);
         let landing = match lands.then(|| volume.land(self.id, disk, len)) {
             None | Some(Ok(false)) => false,
             Some(Ok(true)) => true,

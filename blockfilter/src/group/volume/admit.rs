@@ -132,8 +132,7 @@ impl Volume {
     }
 
     /// Makes a place in the arena for a write's payload, to be received there: whole sectors, at
-    /// most [`Volume::record_max`]. False while another's payload is on its way: receive it
-    /// elsewhere.
+    /// most [`Volume::record_max`]. False if there is none now: receive it elsewhere.
     pub fn land(&mut self, owner: u64, disk: u8, len: u64) -> Result<bool, Refusal> {
         if self.landing.is_some() {
             return Ok(false);
@@ -141,9 +140,9 @@ impl Volume {
         self.check_writable(disk, len)?;
         let now = self.clock.mono_us();
         let place = self.filter.land(len, &mut self.memory, now);
-        let pos = place.map_err(|stall| self.refusal(stall))?;
-        self.landing = Some(Landing::new(owner, pos, len));
-        Ok(true)
+        let place = place.map_err(|stall| self.refusal(stall))?;
+        self.landing = place.map(|pos| Landing::new(owner, pos, len));
+        Ok(self.landing.is_some())
     }
 
     /// Lets `read` put the next bytes of the owner's payload into the arena; what it returned. None
