@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam::channel::{Receiver, Sender, unbounded};
 use rustix::event::{EventfdFlags, eventfd};
 use zerocopy::IntoBytes;
 
@@ -387,7 +387,8 @@ impl Lanes {
         let (to_done, done) = unbounded();
         let mut threads = Vec::new();
         let mut start = |name: &str, count: usize| -> io::Result<Sender<Op>> {
-            let (sender, ops) = bounded::<Op>(LANE_MAX);
+            // What is submitted bounds it; a bounded channel would take all its memory now.
+            let (sender, ops) = unbounded::<Op>();
             for _ in 0..count {
                 let (ops, to_done) = (ops.clone(), to_done.clone());
                 let (target, event) = (target.clone(), event.clone());
@@ -493,14 +494,14 @@ fn reset(event: &OwnedFd) {
 
 /// What a failed sync adds to [`Word::Syncing`]: one that was cut off adds 1.
 pub const SYNC_FAILED: i64 = 1 << 32;
-/// Operations waiting in a lane; reads are bounded by the connections' limits.
-const LANE_MAX: usize = 1 << 16;
 
 #[cfg(test)]
 mod tests {
     use std::path::Path;
     use std::sync::atomic::AtomicUsize;
     use std::time::Duration;
+
+    use crossbeam::channel::bounded;
 
     use super::*;
     use crate::arena::{ARENA_MAGIC, ArenaHdr};
