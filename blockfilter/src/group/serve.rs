@@ -167,7 +167,7 @@ impl Server {
     fn wait(&mut self, ready: &mut Vec<epoll::Event>) -> io::Result<()> {
         let start = self.clock.mono_us();
         let due = self.due(start);
-        if self.spin.begin() {
+        if due > start && self.spin.begin() {
             let until = due.min(start + SPIN_MAX);
             let mut before = start;
             loop {
