@@ -510,3 +510,27 @@ fn a_handshake_has_ten_seconds_whatever_the_client_says() {
     }
     assert!(conn.is_stuck(10_100_000));
 }
+
+/// I9, I10: what is written back leaves the memory over several turns; between any two of them
+/// every read finds the newest, whatever of write and zero came first.
+#[test]
+fn reads_are_right_while_a_window_leaves_the_memory() {
+    for seed in 1..=4 {
+        println!("seed {seed}");
+        let mut rng = Rng::new(seed);
+        let files = SimFiles::new();
+        let site = site(Path::new("/"), 6);
+        site.create(&files);
+        let mut volume = site.open(Arc::new(files), "inline").unwrap();
+        let mut model = Model::new();
+        for stamp in 0..6000 {
+            let offset = rng.below(248) * 512;
+            let act = match rng.below(100) {
+                0 => Act::Zero { disk: 0, offset, len: 4096, trim: true },
+                _ => Act::Write { disk: 0, offset, data: vec![stamp as u8; 512], fua: false },
+            };
+            carry_out(&mut volume, &mut model, &site.clock, &act);
+            assert!(content(&mut volume) == model, "seed {seed}, operation {stamp}");
+        }
+    }
+}

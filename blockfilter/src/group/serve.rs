@@ -508,7 +508,9 @@ pub fn wait_until(
         if done(volume) {
             return Ok(());
         }
-        let wait = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+        let now = volume.clock().mono_us();
+        let left = volume.timeout().map_or(POLL_US, |due| due.saturating_sub(now).min(POLL_US));
+        let wait = Timespec { tv_sec: 0, tv_nsec: left as i64 * 1000 };
         let mut fds =
             [rustix::event::PollFd::from_borrowed_fd(volume.fd(), rustix::event::PollFlags::IN)];
         match rustix::event::poll(&mut fds, Some(&wait)) {
@@ -519,6 +521,9 @@ pub fn wait_until(
         }
     }
 }
+
+/// Longest wait before the volume is looked at again, microseconds.
+const POLL_US: u64 = 20_000;
 
 /// Listens on a Unix socket, replacing a stale one.
 fn listen(path: &Path) -> io::Result<UnixListener> {

@@ -8,7 +8,7 @@
 
 mod admit;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -123,7 +123,7 @@ pub struct Volume {
     /// What was moved out of its place, by owner.
     moved_out: HashMap<u64, Vec<u8>>,
     /// What a finished write-back has still to take out of the overlays.
-    retiring: Option<Vec<SealedBatch>>,
+    retiring: Option<VecDeque<SealedBatch>>,
     pieces: Vec<Piece>,
     done: Vec<Done>,
     /// Extent queries in flight: the overlay's part of each.
@@ -412,23 +412,23 @@ impl Volume {
     }
 
     /// Applied records leave the overlay, only now that all are on the disks (I10), and only some
-    /// a turn: clients wait meanwhile. Then their memory is free. True if it is.
+    /// a turn: clients wait meanwhile. Oldest first, each batch up to its own end, so that the
+    /// overlays have all that is newer and nothing older (I9). Then the memory is free: true.
     fn retire(&mut self, now: u64) -> bool {
-        let Some(to) = self.filter.applying() else { return false };
         let Some(batches) = &mut self.retiring else { return false };
         let mut blocks = 0;
         while blocks < RETIRE_BLOCKS
-            && let Some(batch) = batches.pop()
+            && let Some(batch) = batches.pop_front()
         {
             for desc in &*batch.descs {
                 let overlay = &mut self.overlays[usize::from(desc.disk)];
                 let (offset, len) = (desc.offset.get(), u64::from(desc.len.get()));
                 match desc.rec_op() {
                     Some(RecOp::Write) => {
-                        overlay.remove_write(to, offset, len);
+                        overlay.remove_write(batch.end, offset, len);
                         blocks += len.div_ceil(BLOCK);
                     }
-                    Some(RecOp::Zero | RecOp::Trim) => overlay.remove_zero(to, offset, len),
+                    Some(RecOp::Zero | RecOp::Trim) => overlay.remove_zero(batch.end, offset, len),
                     _ => {}
                 }
             }

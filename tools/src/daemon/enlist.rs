@@ -282,7 +282,8 @@ pub fn drain(
     let hint = match &error {
         RunError::DiskLost => format!("check the disks; {force} gives them back as they are"),
         _ if kept.exists() => {
-            format!("the journal was given up before and is kept at {}", kept.display())
+            let kept = kept.display();
+            format!("the journal was given up before and is kept at {kept}; {force} goes on")
         }
         _ if hopeless => format!("{hint}; {force} gives the journal up"),
         _ => hint.to_owned(),
