@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blockfilter::arena::Word;
-use blockfilter::engine::queue::SYNC_FAILED;
 use e2e::nbd::Client;
 use e2e::process::kill_and_wait;
 use e2e::run::{require, tool};
@@ -124,19 +123,16 @@ fn a_journal_given_up_after_a_failed_sync_may_have_lost_something() {
     assert_eq!(answer["abandoned"]["whole"], false, "{answer}");
 }
 
-/// Nobody has what it was to write: it is never called a plain image without saying so.
+/// What is not synced is in memory until it is.
 #[test]
-fn a_disk_that_failed_without_a_journal_is_given_back_only_by_force() {
-    let (mut site, _) = protected("lost", 9);
+fn a_group_without_a_journal_is_given_back_whole_without_force() {
+    let (mut site, disk) = protected("noted", 9);
     damage(&mut site, false);
     let note = site.agent_dir().join("groups/g/unjournaled");
     std::fs::write(note, "it failed\nincarnation 1\n").unwrap();
-    let arena = std::fs::OpenOptions::new().write(true).open(arena_of(&site)).unwrap();
-    arena.write_all_at(&SYNC_FAILED.to_le_bytes(), Word::Syncing as u64).unwrap();
-    let error = site.at_agent(&["unprotect", "g"]).fails_with(1).json_error().to_string();
-    assert!(error.contains("may be lost") && error.contains("--force"), "{error}");
-    let answer = site.at_agent(&["unprotect", "g", "--force"]).fails_with(3).json();
-    assert_eq!(answer["abandoned"]["whole"], false, "{answer}");
+    let answer = site.at_agent(&["unprotect", "g"]).ok().json();
+    assert!(answer["abandoned"].is_null(), "{answer}");
+    assert!(std::fs::read(&disk).unwrap()[..65536] == [9; 65536]);
 }
 
 #[test]

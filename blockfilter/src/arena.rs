@@ -72,15 +72,14 @@ pub enum Word {
     Floor = 72,
     /// Exclusive end of what is durable in the journal.
     Durable = 80,
-    /// Exclusive end of what is written to the disks.
+    /// Exclusive end of what is written to the disks and, if there is no journal, synced.
     Applied = 88,
     /// `hdr_crc` of the last batch below Applied.
     AppliedCrc = 96,
     /// The target holds everything below, as last told: decides which slots are free.
     ShipFloor = 104,
-    /// Syncs of the disks that run or were cut off, and those that failed
-    /// ([`crate::engine::queue::SYNC_FAILED`] each). Not 0 at a start: what was written since
-    /// the checkpoint may be gone, and only writing it again helps.
+    /// Syncs of the disks that run, were cut off or failed. Not 0 at a start: what was written
+    /// since the checkpoint may be gone, and only writing it again helps.
     Syncing = 112,
 }
 

@@ -3,17 +3,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use blockfilter::control::Mode;
-use blockfilter::engine::Clock;
 use blockfilter::engine::real::RealFiles;
 use blockfilter::engine::record::crash::{Change, Entry, Unsynced};
 use blockfilter::engine::record::{Failure, Fault, Op, Rng, SimFiles, Sweep, for_each_crash};
-use blockfilter::group::conn::{Conn, Progress, Shared};
 use blockfilter::group::serve::wait_until;
 use blockfilter::group::volume::{Refusal, Volume};
 use blockfilter::journal;
@@ -22,6 +18,7 @@ use blockfilter::journal::reader::{JournalReader, ReadError};
 use blockfilter::names::Lsn;
 
 #[path = "common/sim.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
 mod sim;
 
 use sim::*;
@@ -315,6 +312,49 @@ fn a_full_disk_goes_on_when_there_is_space_again() {
     assert!(content(&mut volume) == model);
 }
 
+/// A drain does not wait for somebody to free space: its clients are gone. One that comes later does
+/// all of it.
+#[test]
+fn a_drain_ends_at_a_full_disk_and_can_be_repeated() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    site.create(&files);
+    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+    let mut model = Model::new();
+    let (op, path) = (Some(Op::Write), "/d0".into());
+    files.fail(Fault { op, path, skip: 0, lasting: true, failure: Failure::NoSpace });
+    carry_out(&mut volume, &mut model, &site.clock, &stripe(0, 1));
+    turns(&mut volume, &site.clock, 5);
+    assert!(volume.filter().is_full());
+    for healed in [false, true] {
+        if healed {
+            files.heal();
+        }
+        volume.filter().request_drain();
+        assert!(!volume.filter().drain_fails(), "it is tried once more");
+        wait_until(&mut volume, |v| v.filter().drained() || v.filter().drain_fails()).unwrap();
+        assert_eq!((volume.filter().drained(), volume.filter().drain_fails()), (healed, !healed));
+        drop(volume);
+        volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+        assert!(content(&mut volume) == model);
+    }
+}
+
+/// A failed sync is final, whatever the error: `status` says so.
+#[test]
+fn a_sync_that_fails_for_want_of_space_is_told_as_a_failed_disk() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    site.create(&files);
+    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+    let (op, path) = (Some(Op::SyncData), "/d0".into());
+    files.fail(Fault { op, path, skip: 0, lasting: false, failure: Failure::NoSpace });
+    carry_out(&mut volume, &mut Model::new(), &site.clock, &stripe(0, 1));
+    turns(&mut volume, &site.clock, 30);
+    assert_eq!(volume.positions().mode, Mode::BackingFailed);
+    assert!(volume.status(0).disks[0].error.is_some());
+}
+
 /// A kill right after the first use of a slot that the target's word freed.
 #[test]
 fn a_slot_freed_by_the_target_is_free_after_a_kill_too() {
@@ -344,86 +384,6 @@ fn a_slot_freed_by_the_target_is_free_after_a_kill_too() {
     drop(volume);
     let mut volume = site.open(Arc::new(files), "inline").unwrap();
     assert!(content(&mut volume) == model);
-}
-
-/// A connection to `volume` over `kind`, its handshake sent, and the client's end.
-fn connect(kind: rustix::net::SocketType, now: u64) -> (Conn, Shared, UnixStream) {
-    let flags = rustix::net::SocketFlags::NONBLOCK | rustix::net::SocketFlags::CLOEXEC;
-    let unix = rustix::net::AddressFamily::UNIX;
-    let (ours, theirs) = rustix::net::socketpair(unix, kind, flags, None).unwrap();
-    let shared = Shared::new(vec!["g.d0".into(), "g.d1".into()], 1 << 20);
-    let conn = Conn::new(1, ours.into(), now);
-    let mut client = UnixStream::from(theirs);
-    let mut hello = 3u32.to_be_bytes().to_vec();
-    hello.extend(b"IHAVEOPT");
-    hello.extend(1u32.to_be_bytes());
-    hello.extend(4u32.to_be_bytes());
-    hello.extend(b"g.d0");
-    client.write_all(&hello).unwrap();
-    (conn, shared, client)
-}
-
-fn flush_request(cookie: u64) -> Vec<u8> {
-    let mut request = 0x2560_9513_u32.to_be_bytes().to_vec();
-    request.extend([0, 0, 0, 3]);
-    request.extend(cookie.to_be_bytes());
-    request.extend([0; 12]);
-    request
-}
-
-/// Whatever was received is carried out, however many receives it took: the socket may be
-/// empty then, and would never call for it again.
-#[test]
-fn the_last_request_received_in_a_turn_is_answered() {
-    for count in 10..24 {
-        let files = SimFiles::new();
-        let site = site(Path::new("/"), 6);
-        site.create(&files);
-        let mut volume = site.open(Arc::new(files), "inline").unwrap();
-        // One packet a receive.
-        let (mut conn, mut shared, mut client) =
-            connect(rustix::net::SocketType::SEQPACKET, site.clock.mono_us());
-        for cookie in 0..count {
-            client.write_all(&flush_request(cookie)).unwrap();
-        }
-        // As often as the socket calls.
-        let readable = |conn: &Conn| {
-            let flags = rustix::event::PollFlags::IN;
-            let mut fds = [rustix::event::PollFd::from_borrowed_fd(conn.fd(), flags)];
-            let now = rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 };
-            rustix::event::poll(&mut fds, Some(&now)).unwrap() > 0
-        };
-        while readable(&conn) {
-            assert_eq!(conn.progress(&mut volume, &mut shared, 0), Progress::Input);
-        }
-        conn.flush_output(0).unwrap();
-        let mut answers = vec![0; 1 << 16];
-        let got = client.read(&mut answers).unwrap();
-        let last = &answers[got - 8..got];
-        assert_eq!(last, (count - 1).to_be_bytes(), "{count} requests");
-    }
-}
-
-/// I24: requests without payload are bounded too.
-#[test]
-fn a_client_cannot_keep_any_number_of_flushes_waiting() {
-    let files = SimFiles::new();
-    let site = site(Path::new("/"), 6);
-    site.create(&files);
-    let mut volume = site.open(Arc::new(files), "inline").unwrap();
-    volume.write(0, 0, &[1; 512], false).unwrap();
-    let (mut conn, mut shared, mut client) =
-        connect(rustix::net::SocketType::STREAM, site.clock.mono_us());
-    for cookie in 0.. {
-        assert!(cookie < 20_000, "all of them wait");
-        match client.write(&flush_request(cookie)) {
-            Ok(count) => assert_eq!(count, 28),
-            Err(_) => panic!("the socket is full"),
-        }
-        if conn.progress(&mut volume, &mut shared, 0) == Progress::Output {
-            break;
-        }
-    }
 }
 
 /// Decision 9: a restart does not sync once more and believe it. What the failed sync may
@@ -485,30 +445,6 @@ fn a_reader_of_an_earlier_incarnation_is_told() {
     }
     let mut reader = JournalReader::open(&site.config).unwrap();
     assert!(!reader.read(first, second, 1 << 20, &mut out).unwrap().0.is_empty());
-}
-
-/// A client that keeps asking in its handshake and takes the answers gains no time by it.
-#[test]
-fn a_handshake_has_ten_seconds_whatever_the_client_says() {
-    let files = SimFiles::new();
-    let site = site(Path::new("/"), 6);
-    site.create(&files);
-    let mut volume = site.open(Arc::new(files), "inline").unwrap();
-    let (ours, mut client) = UnixStream::pair().unwrap();
-    ours.set_nonblocking(true).unwrap();
-    let mut shared = Shared::new(vec!["g.d0".into()], 1 << 20);
-    let mut conn = Conn::new(1, ours, 0);
-    client.write_all(&3u32.to_be_bytes()).unwrap();
-    let mut answers = vec![0; 1 << 16];
-    for second in 0..=10 {
-        let now = second * 1_000_000;
-        assert!(!conn.is_stuck(now), "{second} s");
-        client.write_all(b"IHAVEOPT\0\0\0\x03\0\0\0\0").unwrap();
-        assert_eq!(conn.progress(&mut volume, &mut shared, now), Progress::Input);
-        conn.flush_output(now).unwrap();
-        assert!(client.read(&mut answers).unwrap() > 0);
-    }
-    assert!(conn.is_stuck(10_100_000));
 }
 
 /// I9, I10: what is written back leaves the memory over several turns; between any two of them

@@ -5,14 +5,16 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use blockfilter::config::GroupPaths;
 use blockfilter::control::Mode;
+use blockfilter::engine::queue::Op as EngineOp;
 use blockfilter::engine::real::RealFiles;
 use blockfilter::engine::record::{Failure, Fault, Op, Rng, SimFiles};
 use blockfilter::group::serve::wait_until;
 use blockfilter::group::start;
-use blockfilter::group::volume::{Volume, VolumeEvent};
+use blockfilter::group::volume::{Refusal, Volume, VolumeEvent};
 use blockfilter::names::Lsn;
 
 #[path = "common/sim.rs"]
@@ -275,26 +277,97 @@ fn a_group_without_a_journal_starts_when_the_journal_is_gone() {
     serve(3, 9);
 }
 
-/// I4: a restart does not make a failed sync succeed. With the journal went the only other copy
-/// of what that sync dropped.
+/// Decision 9: nobody is told that a failed sync, or one that was cut off, succeeded after all.
+/// What it may have dropped is in memory until it is synced, and a start writes it again.
 #[test]
-fn without_a_journal_a_failed_sync_is_not_believed_after_a_restart() {
+fn without_a_journal_what_a_failed_sync_dropped_is_written_again() {
     let files = SimFiles::new();
     let site = site(Path::new("/"), 6);
     let mut model = Model::new();
     let mut volume = unjournaled(&files, &site, &mut model);
-    carry_out(&mut volume, &mut model, &site.clock, &stripe(0, 1));
-    let (op, path) = (Some(Op::SyncData), "/d0".into());
-    files.fail(Fault { op, path, skip: 0, lasting: false, failure: Failure::Io });
-    volume.flush(1);
-    let events = turns(&mut volume, &site.clock, 30);
-    assert!(events.iter().any(|e| matches!(e, VolumeEvent::Lost(1))), "{events:?}");
-    for _ in 0..2 {
+    for byte in 1..4 {
+        carry_out(&mut volume, &mut model, &site.clock, &stripe(4096 * u64::from(byte), byte));
+        turns(&mut volume, &site.clock, 3);
+        let (op, path) = (Some(Op::SyncData), "/d0".into());
+        files.fail(Fault { op, path, skip: 0, lasting: false, failure: Failure::Io });
+        volume.flush(1);
+        let events = turns(&mut volume, &site.clock, 30);
+        assert!(events.iter().any(|e| matches!(e, VolumeEvent::Lost(1))), "{events:?}");
+        assert!(volume.write(0, 0, &[2; 512], false).is_err());
         drop(volume);
         volume = site.open(Arc::new(files.clone()), "inline").unwrap();
-        assert!(volume.write(0, 0, &[2; 512], false).is_err());
-        assert!(!volume.flush(2), "a flush is promised after a failed sync");
-        let events = turns(&mut volume, &site.clock, 30);
-        assert!(events.iter().any(|e| matches!(e, VolumeEvent::Lost(2))), "{events:?}");
+        assert!(content(&mut volume) == model);
     }
+    carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
+    drop(volume);
+    site.lose_memory();
+    let log = files.log();
+    let after = log.crash_with(log.entries.len(), &mut |_| false);
+    let mut volume = site.open(Arc::new(after), "inline").unwrap();
+    assert!(content(&mut volume) == model, "what was flushed is on the disks");
+}
+
+/// What is kept in memory until it is synced does not keep writes waiting: when it fills up, it
+/// is synced. A start in between has it all.
+#[test]
+fn without_a_journal_a_full_memory_is_synced_and_a_start_finds_all_of_it() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    let mut model = Model::new();
+    let mut volume = unjournaled(&files, &site, &mut model);
+    let arena = site.config.arena_bytes;
+    for i in 0..4 * arena / 32768 {
+        let (offset, data) = (i % 3 * 32768, vec![i as u8; 32768]);
+        let act = Act::Write { disk: 1, offset, data, fua: false };
+        carry_out(&mut volume, &mut model, &site.clock, &act);
+        let positions = volume.positions();
+        assert!(positions.admitted.0 - positions.durable.0 <= arena);
+        if i % 29 == 0 {
+            drop(volume);
+            volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+            assert!(content(&mut volume) == model, "write {i}");
+        }
+    }
+    assert_eq!(volume.positions().incarnation, 1, "never cold");
+}
+
+/// Decision 9: what is not synced is neither overwritten in memory nor more than it holds, however
+/// long a sync takes, and there after a kill.
+#[test]
+fn without_a_journal_a_sync_that_hangs_holds_writes_back_and_loses_none() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    let mut model = Model::new();
+    drop(unjournaled(&files, &site, &mut model));
+    let hangs = Arc::new(AtomicBool::new(false));
+    let syncs = |op: &EngineOp| matches!(op, EngineOp::SyncDisks);
+    let mut volume = site
+        .open_with(Arc::new(files.clone()), |t| Box::new(Hanging::new(t, syncs, &hangs)))
+        .unwrap();
+    carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
+    hangs.store(true, Ordering::SeqCst);
+    let write = |volume: &mut Volume, model: &mut Model, i: u64| {
+        let (offset, data) = (i % 3 * 32768, vec![i as u8; 32768]);
+        volume.write(1, offset, &data, false)?;
+        model.0[1][offset as usize..][..data.len()].copy_from_slice(&data);
+        volume.turn(&mut Vec::new());
+        Ok(())
+    };
+    let stalled = (0..1000).find(|i| write(&mut volume, &mut model, *i).is_err()).unwrap();
+    turns(&mut volume, &site.clock, 20);
+    assert_eq!(write(&mut volume, &mut model, stalled), Err(Refusal::Stalled));
+    let positions = volume.positions();
+    assert!(positions.applied > positions.durable, "{positions:?}");
+    drop(volume);
+    let mut volume = site
+        .open_with(Arc::new(files.clone()), |t| Box::new(Hanging::new(t, syncs, &hangs)))
+        .unwrap();
+    assert_eq!(volume.positions().incarnation, positions.incarnation, "warm");
+    assert!(content(&mut volume) == model);
+    turns(&mut volume, &site.clock, 20);
+    assert_eq!(write(&mut volume, &mut model, stalled), Err(Refusal::Stalled));
+    hangs.store(false, Ordering::SeqCst);
+    assert!(volume.turn(&mut Vec::new()), "there is room again");
+    write(&mut volume, &mut model, stalled).unwrap();
+    assert!(content(&mut volume) == model);
 }

@@ -3,7 +3,8 @@
 use zerocopy::IntoBytes;
 
 use super::{
-    Admitted, BATCH_MAX, Filter, Memory, NewRecord, OpenBatch, Place, SEGMENT_MAX, Segment, Stall,
+    Admitted, BATCH_MAX, Filter, Marker, Memory, NewRecord, OpenBatch, Place, SEGMENT_MAX, Segment,
+    Stall,
 };
 use crate::apply::SealedBatch;
 use crate::control::Mode;
@@ -161,10 +162,17 @@ impl Filter {
         Ok(self.open.lsn)
     }
 
-    /// What the arena may have given up: at a chunk's start not yet its header page.
+    /// What the arena may have given up: what is on the disks and, if no journal has it, synced.
+    /// At a chunk's start not yet its header page.
     pub(super) fn released(&self) -> u64 {
-        let starts_chunk = self.applied % self.config.geometry.chunk == PAGE;
-        self.applied - if starts_chunk { PAGE } else { 0 }
+        let kept = if self.marker == Marker::Done { self.durable } else { self.applied };
+        let starts_chunk = kept % self.config.geometry.chunk == PAGE;
+        kept - if starts_chunk { PAGE } else { 0 }
+    }
+
+    /// Bytes of the arena that cannot be overwritten.
+    pub fn arena_use(&self) -> u64 {
+        (self.admitted() - self.released()).min(self.config.arena)
     }
 
     pub(super) fn place(&self, len: u64) -> Place {
@@ -193,6 +201,7 @@ impl Filter {
         if self.open.descs.is_empty() {
             return;
         }
+        let flags = flags | if self.is_awaited() { BATCH_FLUSH } else { 0 };
         let end = self.open.fill.next_multiple_of(PAGE);
         self.close_batch(flags, end, mem, now);
     }

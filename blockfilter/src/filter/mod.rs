@@ -43,9 +43,9 @@ pub trait Memory {
     fn freeze(&mut self, head: u64);
     /// Everything below this record position is complete.
     fn publish(&mut self, admitted: u64);
-    /// Everything below `applied`, whose last batch has this CRC, is on the
+    /// A restart has nothing below `pos`, where a batch with this CRC ends, to write to the
     /// disks; bytes below `floor` may be overwritten.
-    fn release(&mut self, applied: u64, crc: u32, floor: u64);
+    fn release(&mut self, pos: u64, crc: u32, floor: u64);
 }
 
 /// A record to admit.
@@ -353,6 +353,11 @@ impl Filter {
         Some((token, durable))
     }
 
+    /// Nobody waits for these tokens any more.
+    pub fn forget(&mut self, is_gone: impl Fn(u64) -> bool) {
+        self.waiters.retain(|(_, token)| !is_gone(*token));
+    }
+
     /// Neither the journal nor the disks can make anything durable any more.
     pub fn promises_nothing(&self) -> bool {
         self.mode == Mode::Unjournaled && self.stall_is_final()
@@ -392,6 +397,20 @@ impl Filter {
     pub fn request_drain(&mut self) {
         self.drain = true;
         self.want_sup = true;
+        // A disk that was full is tried at once, and once.
+        self.no_space = [false; DISKS_MAX];
+        self.retry_apply_at = 0;
+    }
+
+    /// The drain ends without being complete: a disk or the note of the journal's death failed,
+    /// or a disk is full. Journal and arena keep what is not written.
+    pub fn drain_fails(&self) -> bool {
+        self.stall_is_final() || (self.drain && self.is_full())
+    }
+
+    /// Whether a disk had no room for what was written back.
+    pub fn is_full(&self) -> bool {
+        self.no_space.contains(&true)
     }
 
     /// The drain is complete: every disk is a plain image again (I25).
@@ -561,7 +580,9 @@ impl Filter {
             self.sealed.pop_front();
         }
         self.applied = to;
-        mem.release(to, self.applied_crc, self.released());
+        if self.marker != Marker::Done {
+            mem.release(to, self.applied_crc, self.released());
+        }
         if self.pressed == Some(Stall::Arena) {
             self.pressed = None;
         }
@@ -569,13 +590,22 @@ impl Filter {
     }
 
     /// The disks are synced up to where the sync started.
-    pub fn handle_sync_disks(&mut self, result: Result<(), u8>) {
-        let Some(reached) = self.syncing.take() else { return };
+    pub fn handle_sync_disks(&mut self, result: Result<(), u8>, mem: &mut impl Memory) {
+        let Some((pos, crc)) = self.syncing.take() else { return };
         match result {
             Err(disk) => self.lose_disk(disk),
             Ok(()) if self.marker == Marker::Syncing => self.marker = Marker::Due,
-            Ok(()) if self.mode == Mode::Unjournaled => self.durable = self.durable.max(reached.0),
-            Ok(()) => self.synced = Some(reached),
+            Ok(()) if self.marker == Marker::Done => {
+                self.durable = pos;
+                mem.release(pos, crc, self.released());
+                if self.pressed == Some(Stall::Arena) {
+                    self.pressed = None;
+                }
+                self.check();
+            }
+            // Begun before the journal was lost: what the note waits for syncs once more.
+            Ok(()) if self.mode == Mode::Unjournaled => {}
+            Ok(()) => self.synced = Some((pos, crc)),
         }
     }
 
@@ -618,16 +648,6 @@ impl Filter {
     /// Whether a disk failed.
     pub fn lost_a_disk(&self) -> bool {
         self.failed.contains(&true)
-    }
-
-    /// As if every disk failed: nothing is promised any more.
-    pub fn lose_disks(&mut self) {
-        (0..DISKS_MAX).for_each(|disk| self.lose_disk(disk as u8));
-    }
-
-    /// Believes the disks again, whatever failed.
-    pub fn forgive_disks(&mut self) {
-        self.failed = [false; DISKS_MAX];
     }
 
     fn lose_disk(&mut self, disk: u8) {

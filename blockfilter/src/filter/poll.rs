@@ -110,8 +110,7 @@ impl Filter {
             if !self.commit_due(now) {
                 return None;
             }
-            let flags = if self.is_awaited() { BATCH_FLUSH } else { 0 };
-            self.seal(flags, mem, now);
+            self.seal(0, mem, now);
             self.force_commit = false;
             let writes: Vec<Segment> = self.segments.drain(..).rev().collect();
             if writes.is_empty() {
@@ -271,9 +270,13 @@ impl Filter {
         if let Some(action) = self.poll_apply(now) {
             return Some(action);
         }
-        let due =
-            !self.waiters.is_empty() || self.drain || now >= self.checkpoint_at + CHECKPOINT_AFTER;
-        if self.syncing.is_none() && self.apply.is_none() && self.applied > self.durable && due {
+        let unsynced = self.applied.saturating_sub(self.durable);
+        let due = !self.waiters.is_empty()
+            || self.drain
+            || self.pressed.is_some()
+            || unsynced >= self.config.arena / 4
+            || now >= self.checkpoint_at + CHECKPOINT_AFTER;
+        if self.syncing.is_none() && self.apply.is_none() && unsynced > 0 && due {
             self.checkpoint_at = now;
             self.syncing = Some((self.applied, self.applied_crc));
             return Some(Action::SyncDisks);

@@ -18,7 +18,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
-use super::volume::{ReadOutcome, Refusal, Volume};
+use super::volume::{EXTENTS_COST, ReadOutcome, Refusal, Volume};
 use crate::block::{Errno, ExportInfo, Extent, ZeroFlags};
 use crate::nbd::handshake::{
     Handshake, HandshakeConfig, HandshakeEvent, OpenError, TlsMode, default_export,
@@ -62,7 +62,7 @@ impl Shared {
 pub enum Progress {
     /// It needs bytes from the client.
     Input,
-    /// It waits for room in the arena or the journal.
+    /// It waits for room in the arena or the journal, or for the group's reads.
     Room,
     /// It waits for its share of the payload budget.
     Budget,
@@ -310,6 +310,13 @@ impl Conn {
                     None => continue,
                 }
             }
+            let asks = matches!(
+                decision,
+                Decision::Run(Request::Read { .. } | Request::BlockStatus { .. })
+            );
+            if asks && !volume.can_read() {
+                return Ok(Progress::Room);
+            }
             self.ahead = WINDOW;
             self.start += REQUEST_LEN;
             self.decide(volume, limits, disk, header, decision);
@@ -472,7 +479,7 @@ impl Conn {
                     // No question to the file: the answer is in memory.
                     return self.add_dirty(volume, disk, header, one);
                 }
-                let token = self.wait(header, STATUS_COST, one);
+                let token = self.wait(header, EXTENTS_COST, one);
                 volume.extents(token, disk, offset, u64::from(len));
             }
             Request::Cache { .. } => self.out.add(|o| reply_ok(o, structured, &header)),
@@ -628,7 +635,7 @@ impl Conn {
     /// Gives back what it reserved. What it did not finish never happens (I12).
     pub fn close(mut self, volume: &mut Volume, shared: &mut Shared) {
         self.give_back(shared);
-        volume.take_back(self.id);
+        volume.forget(self.id);
     }
 }
 
@@ -679,9 +686,6 @@ const OUT_MAX: usize = 4 << 20;
 const IN_FLIGHT_MAX: u64 = 16 << 20;
 /// What a request that waits counts at least, bytes: it bounds their number.
 const WAIT_COST: u64 = 4096;
-/// What a question for extents counts, bytes: more than its pieces and the longest answer in both
-/// contexts, so that few at a time make the group's thread search its memory.
-const STATUS_COST: u64 = 1 << 20;
 /// Receives in a row before the others get their turn.
 const ROUNDS: usize = 16;
 /// Payload buffers kept for later, bytes.

@@ -16,10 +16,10 @@ use std::io;
 use crate::arena::{Arena, Word};
 use crate::config::{GroupConfig, GroupPaths};
 use crate::engine::real::RealFiles;
+use crate::filter::Filter;
 use crate::journal::note;
 use serve::{Server, settle, wait_until};
 use start::StartError;
-use volume::Volume;
 
 /// Why a filter process ended.
 #[derive(Debug, thiserror::Error)]
@@ -27,12 +27,12 @@ pub enum RunError {
     /// It could not start.
     #[error(transparent)]
     Start(#[from] StartError),
-    /// A disk failed: its writes are in the journal.
-    #[error("a disk failed; the journal still holds its writes")]
+    /// A disk failed: its writes are in the journal and the arena.
+    #[error("a disk failed; the journal and the arena still hold its writes")]
     DiskFailed,
-    /// A disk failed or a sync was cut off, and there is no journal to write it again from.
-    #[error("a disk failed to sync while the group had no journal: what was written may be lost")]
-    DiskLost,
+    /// A disk's file system is full: its writes are in the journal and the arena.
+    #[error("the file system of a disk is full; the journal and the arena still hold its writes")]
+    DiskFull,
     /// Its sockets or its loop failed.
     #[error("serving the group failed: {0}")]
     Serve(#[from] io::Error),
@@ -54,8 +54,8 @@ pub fn check_disks(config: &GroupConfig) -> Result<(), RunError> {
 
 /// As [`drain`], for a group whose journal cannot be used: notes that it must not be
 /// replayed, and `incarnation` (that of its super block; 0: it cannot be told), and writes back
-/// what the arena holds, whatever failed before. True if there was an arena, and no
-/// sync of the disks failed or was cut off: then all that was acknowledged is on the disks.
+/// what the arena holds. True if there was an arena, and no sync of the disks failed or was cut
+/// off before: then all that was acknowledged is on the disks.
 pub fn drain_without_journal(
     config: &GroupConfig,
     paths: &GroupPaths,
@@ -67,9 +67,7 @@ pub fn drain_without_journal(
     if before.is_none() {
         note::write(&RealFiles, &marker, incarnation)?;
     }
-    let mut volume = start::open(config, paths)?;
-    volume.filter().forgive_disks();
-    write_back(volume, true)?;
+    drain(config, paths)?;
     // A start that found no arena noted the incarnation that it began.
     Ok(synced && note::read(&RealFiles, &marker)? == Some(before.unwrap_or(incarnation)))
 }
@@ -77,25 +75,27 @@ pub fn drain_without_journal(
 /// Writes everything back to the disks without serving them: they are plain
 /// images again on return. For `unprotect` when no filter runs.
 pub fn drain(config: &GroupConfig, paths: &GroupPaths) -> Result<(), RunError> {
-    let noted = note::read(&RealFiles, &start::marker(paths))?.is_some();
-    if noted && Arena::peek(&config.arena_path(), Word::Syncing)?.is_some_and(|n| n != 0) {
-        return Err(RunError::DiskLost);
-    }
-    write_back(start::open(config, paths)?, noted)
-}
-
-/// `noted`: that there is no journal, before this start.
-fn write_back(mut volume: Volume, noted: bool) -> Result<(), RunError> {
+    let mut volume = start::open(config, paths)?;
     settle(&mut volume)?;
     volume.filter().request_drain();
-    wait_until(&mut volume, |v| v.filter().drained() || v.filter().stall_is_final())?;
-    if volume.filter().stall_is_final() {
-        return Err(match volume.filter().lost_a_disk() {
-            true if noted => RunError::DiskLost,
-            true => RunError::DiskFailed,
-            false => io::Error::other("the journal failed, and no note of that can be made").into(),
-        });
+    wait_until(&mut volume, |v| v.filter().drained() || v.filter().drain_fails())?;
+    if let Some(error) = undrained(volume.filter()) {
+        return Err(error);
     }
     volume.remove_arena();
     Ok(())
+}
+
+/// Why a drain that is over is not complete.
+fn undrained(filter: &Filter) -> Option<RunError> {
+    if filter.drained() {
+        None
+    } else if filter.lost_a_disk() {
+        Some(RunError::DiskFailed)
+    } else if filter.is_full() {
+        Some(RunError::DiskFull)
+    } else {
+        let message = "the journal failed, and no note of that can be made";
+        Some(io::Error::other(message).into())
+    }
 }

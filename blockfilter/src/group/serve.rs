@@ -18,6 +18,7 @@ use rustix::time::Timespec;
 
 use super::conn::{Conn, Progress, Shared};
 use super::ctl::{Ask, Ctl};
+use super::undrained;
 use super::volume::{Volume, VolumeEvent};
 use crate::config::{GroupConfig, GroupPaths};
 use crate::control::Reply;
@@ -453,7 +454,7 @@ impl Server {
             None => false,
             Some((_, true)) => {
                 let filter = self.volume.filter();
-                filter.drained() || filter.stall_is_final()
+                filter.drained() || filter.drain_fails()
             }
             Some((_, false)) => {
                 let positions = self.volume.positions();
@@ -464,19 +465,18 @@ impl Server {
 
     fn finish(mut self) -> io::Result<()> {
         let Some((id, drain)) = self.stopping else { return Ok(()) };
-        let stuck = drain && !self.volume.filter().drained();
-        if drain && !stuck {
+        let failed = if drain { undrained(self.volume.filter()) } else { None };
+        if drain && failed.is_none() {
             self.volume.remove_arena();
         }
-        let message = "a disk failed; the journal and the arena still hold its writes";
         if let Some(ctl) = self.ctls.get_mut(&id) {
-            ctl.answer(&match stuck {
-                true => Reply::Failed { message: message.into() },
-                false => Reply::Stopped,
+            ctl.answer(&match &failed {
+                Some(error) => Reply::Failed { message: error.to_string() },
+                None => Reply::Stopped,
             });
             let _ = ctl.send();
         }
-        if stuck { Err(io::Error::other(message)) } else { Ok(()) }
+        failed.map_or(Ok(()), |error| Err(io::Error::other(error)))
     }
 }
 

@@ -19,7 +19,7 @@ use crate::apply::SealedBatch;
 use crate::arena::{ARENA_MAGIC, Arena, ArenaHdr, Word, boot_id};
 use crate::config::{GroupConfig, GroupPaths};
 use crate::engine::blocking::Blocking;
-use crate::engine::queue::{Done, Engine, Inline, Op, SYNC_FAILED, Target, Writes};
+use crate::engine::queue::{Done, Engine, Inline, Op, Target, Writes};
 use crate::engine::real::{RealClock, RealFiles};
 use crate::engine::uring::Uring;
 use crate::engine::{Clock, File, Files, Latched, Open};
@@ -225,12 +225,9 @@ pub fn recover(
                 if syncing != 0 && !dead {
                     write_again(config, &journal, start.applied, &make)?;
                 }
-                let mut parts = parts(start, make(Arc::new(arena)));
+                let parts = parts(start, make(Arc::new(arena)));
                 if !dead {
                     parts.target.written_again.store(syncing, Ordering::Release);
-                } else if syncing >= SYNC_FAILED as u64 {
-                    // Without a journal nobody has what the failed sync dropped.
-                    parts.filter.lose_disks();
                 }
                 return Ok(parts);
             }
@@ -385,7 +382,8 @@ fn warm(
         applied,
         applied_crc,
         // With a journal, what was applied was durable before (I3), even if the dead
-        // process did not come to say so. Without one the disks still have to be synced.
+        // process did not come to say so. Without one nothing counts as synced before the first
+        // sync: what is older than the arena may have had a journal until now.
         durable: if dead { sup.checkpoint.get() } else { durable.max(applied) },
         sealed,
         open,

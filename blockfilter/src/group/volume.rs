@@ -42,11 +42,11 @@ impl Memory for ArenaMemory {
     fn publish(&mut self, admitted: u64) {
         self.0.set_word(Word::Published, admitted);
     }
-    fn release(&mut self, applied: u64, crc: u32, floor: u64) {
+    fn release(&mut self, pos: u64, crc: u32, floor: u64) {
         // In this order, so that a start after a kill between any two finds
         // either the CRC or the batches that carry it.
-        self.0.set_word(Word::AppliedCrc, (applied >> 12) << 32 | u64::from(crc));
-        self.0.set_word(Word::Applied, applied);
+        self.0.set_word(Word::AppliedCrc, (pos >> 12) << 32 | u64::from(crc));
+        self.0.set_word(Word::Applied, pos);
         self.0.advance_floor(floor);
     }
 }
@@ -120,6 +120,8 @@ pub struct Volume {
     arena_path: PathBuf,
     files: Arc<dyn Files>,
     landing: Option<Landing>,
+    /// How many payloads still are not landed.
+    landings_left_out: u32,
     /// What was moved out of its place, by owner.
     moved_out: HashMap<u64, Vec<u8>>,
     /// What a finished write-back has still to take out of the overlays.
@@ -128,6 +130,9 @@ pub struct Volume {
     done: Vec<Done>,
     /// Extent queries in flight: the overlay's part of each.
     extents: HashMap<u64, Vec<Piece>>,
+    /// Bytes of reads and questions in flight, whoever asked, and whether some were held back.
+    reading: u64,
+    reads_held: bool,
     free: Vec<u64>,
     free_at: u64,
     errors: Vec<Option<String>>,
@@ -162,11 +167,14 @@ impl Volume {
             clock,
             arena_path,
             landing: None,
+            landings_left_out: 0,
             moved_out: HashMap::new(),
             retiring: None,
             pieces: Vec::new(),
             done: Vec::new(),
             extents: HashMap::new(),
+            reading: 0,
+            reads_held: false,
             free: vec![u64::MAX; count],
             free_at: 0,
             errors: vec![None; count],
@@ -178,12 +186,20 @@ impl Volume {
         }
     }
 
+    /// Whether a read or a question for extents may start (I24). If not: when [`Volume::turn`]
+    /// returned true. A disk that hangs keeps them after the connection that asked is gone.
+    pub fn can_read(&mut self) -> bool {
+        self.reads_held = self.reading >= READING_MAX;
+        !self.reads_held
+    }
+
     /// Fills `buf` from `offset` on, or starts a read that brings it later.
     pub fn read(&mut self, token: u64, disk: u8, offset: u64, mut buf: Vec<u8>) -> ReadOutcome {
         let gaps = self.read_now(disk, offset, &mut buf);
         if gaps.is_empty() {
             return ReadOutcome::Done(buf);
         }
+        self.reading += buf.len() as u64;
         self.engine.submit(Op::Read { token, disk, gaps, buf });
         ReadOutcome::Pending
     }
@@ -236,6 +252,7 @@ impl Volume {
         let disk_pieces = pieces.iter().filter(|p| p.source == Source::Disk);
         let ranges = disk_pieces.map(|p| (p.offset, p.len)).collect();
         self.extents.insert(token, pieces);
+        self.reading += EXTENTS_COST;
         self.engine.submit(Op::Extents { token, disk, ranges, max: EXTENTS_MAX });
     }
 
@@ -299,18 +316,23 @@ impl Volume {
             let mut done = std::mem::take(&mut self.done);
             self.engine.reap(&mut done);
             for item in done.drain(..) {
-                // A disk that fails to sync ends the wait too, with an error.
+                // Without a journal it is a sync of the disks that makes room. One that fails ends
+                // the wait too, with an error.
                 room |= matches!(
                     item,
                     Done::Apply(Err(_))
                         | Done::WriteSuper(_)
                         | Done::MarkUnjournaled(_)
-                        | Done::SyncDisks(Err(_))
+                        | Done::SyncDisks(_)
                 );
                 self.handle(item, events, now);
             }
             self.done = done;
             room |= self.retire(now);
+            if self.reads_held && self.reading < READING_MAX {
+                self.reads_held = false;
+                room = true;
+            }
             let mut acted = false;
             while let Some(action) = self.filter.poll_action(&mut self.memory, now) {
                 self.start(action);
@@ -386,7 +408,10 @@ impl Volume {
             }
             Done::Apply(result) => {
                 if let Err((disk, error)) = &result {
-                    self.note_disk(*disk, error);
+                    match no_space(error) {
+                        true => self.note_full(*disk, error),
+                        false => self.note_disk(*disk, error),
+                    }
                     self.filter.handle_apply(result, &mut self.memory, now);
                 } else if let Some(to) = self.filter.applying() {
                     self.retiring = Some(self.filter.window(to).cloned().collect());
@@ -396,13 +421,16 @@ impl Volume {
                 if let Err((disk, error)) = &result {
                     self.note_disk(*disk, error);
                 }
-                self.filter.handle_sync_disks(result.map_err(|(disk, _)| disk));
+                let result = result.map_err(|(disk, _)| disk);
+                self.filter.handle_sync_disks(result, &mut self.memory);
             }
             Done::Read { token, buf, result } => {
+                self.reading -= buf.len() as u64;
                 let result = result.map(|()| buf).map_err(|e| Errno::from_io(&e));
                 events.push(VolumeEvent::Read { token, result });
             }
             Done::Extents { token, result } => {
+                self.reading -= EXTENTS_COST;
                 let pieces = self.extents.remove(&token).unwrap_or_default();
                 let result =
                     result.map(|e| merge_extents(&pieces, e)).map_err(|e| Errno::from_io(&e));
@@ -423,10 +451,11 @@ impl Volume {
             for desc in &*batch.descs {
                 let overlay = &mut self.overlays[usize::from(desc.disk)];
                 let (offset, len) = (desc.offset.get(), u64::from(desc.len.get()));
+                blocks += 1;
                 match desc.rec_op() {
                     Some(RecOp::Write) => {
                         overlay.remove_write(batch.end, offset, len);
-                        blocks += len.div_ceil(BLOCK);
+                        blocks += len / BLOCK;
                     }
                     Some(RecOp::Zero | RecOp::Trim) => overlay.remove_zero(batch.end, offset, len),
                     _ => {}
@@ -458,15 +487,18 @@ impl Volume {
     }
 
     fn note_disk(&mut self, disk: u8, error: &io::Error) {
-        if no_space(error) {
-            tracing::warn!(disk = %self.disks[usize::from(disk)].name, %error, "a disk is full");
-            return;
-        }
         let slot = &mut self.errors[usize::from(disk)];
         if slot.is_none() {
             tracing::error!(disk = %self.disks[usize::from(disk)].name, %error, "a disk failed");
         }
         *slot = Some(error.to_string());
+    }
+
+    /// It is tried again: said once, then `status` says it.
+    fn note_full(&self, disk: u8, error: &io::Error) {
+        if self.filter.refusal(disk) != Some(Errno::NoSpc) {
+            tracing::warn!(disk = %self.disks[usize::from(disk)].name, %error, "a disk is full");
+        }
     }
 
     fn check_space(&mut self) {
@@ -499,6 +531,12 @@ impl Volume {
     /// Positions now.
     pub fn positions(&self) -> Positions {
         self.filter.positions(self.clock.mono_us())
+    }
+
+    /// Nobody waits for what `owner` asked: tokens carry it in their upper half.
+    pub fn forget(&mut self, owner: u64) {
+        self.take_back(owner);
+        self.filter.forget(|token| token >> 32 == owner);
     }
 
     /// Monotonic time at which [`Volume::turn`] is due if nothing happens.
@@ -537,7 +575,7 @@ impl Volume {
             pid: std::process::id(),
             journal_used_bytes,
             journal_capacity_bytes,
-            arena_used_bytes: positions.admitted.0 - positions.applied.0,
+            arena_used_bytes: self.filter.arena_use(),
             arena_capacity_bytes: self.memory.0.size(),
             io_engine: self.engine.name(),
             connections,
@@ -579,7 +617,12 @@ fn merge_extents(pieces: &[Piece], from_disk: Vec<Vec<Extent>>) -> Vec<Extent> {
 
 /// Most bytes of a disk with unapplied writes that one question for extents is answered for.
 const EXTENTS_BYTES: u64 = 64 << 20;
-/// Blocks that leave the overlays in one turn.
+/// What a question for extents counts, bytes: more than its pieces and the longest answer in both
+/// contexts, so that few at a time make the group's thread search its memory.
+pub const EXTENTS_COST: u64 = 1 << 20;
+/// Nothing is read while so much is on its way from the disks, bytes.
+pub const READING_MAX: u64 = 64 << 20;
+/// Records and blocks that leave the overlays in one turn.
 const RETIRE_BLOCKS: u64 = 512;
 /// Bytes that stay free on a file system that holds a sparse image.
 pub const SPACE_MARGIN: u64 = 16 << 20;

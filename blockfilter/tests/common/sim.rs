@@ -6,17 +6,21 @@
 use blockfilter::block::ZeroFlags;
 use blockfilter::config::{DiskConfig, GroupConfig};
 use blockfilter::engine::blocking::Blocking;
-use blockfilter::engine::queue::{Engine, Inline};
+use blockfilter::engine::queue::{Done, Engine, Inline, Op, Target};
 use blockfilter::engine::record::Rng;
 use blockfilter::engine::uring::Uring;
 use blockfilter::engine::{Clock, Files, Open};
+use blockfilter::group::conn::Conn;
 use blockfilter::group::serve::{settle, wait_until};
 use blockfilter::group::start::recover;
 use blockfilter::group::volume::{Refusal, Volume, VolumeEvent};
 use blockfilter::journal;
+use std::io::Write;
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub const DISKS: usize = 2;
 pub const DISK: u64 = 256 * 512;
@@ -82,6 +86,18 @@ impl Site {
     }
 
     pub fn open(&self, files: Arc<dyn Files>, engine: &str) -> Result<Volume, String> {
+        self.open_with(files, |target| match engine {
+            "inline" => Box::new(Inline::new(target).unwrap()),
+            "blocking" => Box::new(Blocking::new(&target, "test").unwrap()),
+            _ => Box::new(Uring::new(&target).unwrap()),
+        })
+    }
+
+    pub fn open_with(
+        &self,
+        files: Arc<dyn Files>,
+        engine: impl FnOnce(Arc<Target>) -> Box<dyn Engine>,
+    ) -> Result<Volume, String> {
         let journal = files.open(&self.config.journal, Open::Direct).unwrap();
         let disks = self.config.disks.iter();
         let disks = disks.map(|d| files.open(&d.path, Open::ReadWrite).unwrap()).collect();
@@ -89,11 +105,7 @@ impl Site {
         let now = self.clock.mono_us();
         let parts =
             recover(&self.config, files, journal, disks, marker, now).map_err(|e| e.to_string())?;
-        let engine: Box<dyn Engine> = match engine {
-            "inline" => Box::new(Inline::new(parts.target.clone()).unwrap()),
-            "blocking" => Box::new(Blocking::new(&parts.target, "test").unwrap()),
-            _ => Box::new(Uring::new(&parts.target).unwrap()),
-        };
+        let engine = engine(parts.target.clone());
         let path = self.config.arena_path();
         let clock = self.clock.clone();
         let (filter, overlays) = (parts.filter, parts.overlays);
@@ -107,6 +119,59 @@ impl Site {
     pub fn lose_memory(&self) {
         let _ = std::fs::remove_file(self.config.arena_path());
     }
+}
+
+/// Disks that do not carry out some operations while they hang.
+#[derive(Debug)]
+pub struct Hanging {
+    inner: Inline,
+    which: fn(&Op) -> bool,
+    hangs: Arc<AtomicBool>,
+    kept: Vec<Op>,
+}
+
+impl Hanging {
+    pub fn new(target: Arc<Target>, which: fn(&Op) -> bool, hangs: &Arc<AtomicBool>) -> Self {
+        let inner = Inline::new(target).unwrap();
+        Self { inner, which, hangs: hangs.clone(), kept: Vec::new() }
+    }
+}
+
+impl Engine for Hanging {
+    fn submit(&mut self, op: Op) {
+        match (self.which)(&op) && self.hangs.load(Ordering::SeqCst) {
+            true => self.kept.push(op),
+            false => self.inner.submit(op),
+        }
+    }
+    fn reap(&mut self, done: &mut Vec<Done>) {
+        if !self.hangs.load(Ordering::SeqCst) {
+            self.kept.drain(..).for_each(|op| self.inner.submit(op));
+        }
+        self.inner.reap(done);
+    }
+    fn clear(&mut self) {
+        self.inner.clear();
+    }
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.inner.fd()
+    }
+    fn name(&self) -> String {
+        "hanging".into()
+    }
+}
+
+/// A connection over a socket of this kind, its handshake for the first disk sent, and the
+/// client's end.
+pub fn connect(kind: rustix::net::SocketType, id: u64, now: u64) -> (Conn, UnixStream) {
+    let flags = rustix::net::SocketFlags::NONBLOCK | rustix::net::SocketFlags::CLOEXEC;
+    let unix = rustix::net::AddressFamily::UNIX;
+    let (ours, theirs) = rustix::net::socketpair(unix, kind, flags, None).unwrap();
+    let mut client = UnixStream::from(theirs);
+    let name = [&4u32.to_be_bytes(), b"g.d0".as_slice()].concat();
+    let hello = [&3u32.to_be_bytes(), b"IHAVEOPT".as_slice(), &1u32.to_be_bytes(), &name];
+    client.write_all(&hello.concat()).unwrap();
+    (Conn::new(id, ours.into(), now), client)
 }
 
 /// The disks as plain bytes.

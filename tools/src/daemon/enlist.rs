@@ -235,6 +235,8 @@ pub fn drain(
     if let Ok(mut filter) = Client::connect(&paths.filter_socket()) {
         match filter.ask(&Request::Stop { drain: true }, DRAIN_TIMEOUT) {
             Ok(Reply::Stopped) => {}
+            // A start writes again what a disk did not take.
+            Ok(Reply::Failed { message }) => tracing::warn!(message, "the filter could not drain"),
             Ok(other) => return Err(Failure::new(Exit::Failed, what).why(format!("{other:?}"))),
             // It may have died on the way: the recovery below is right for that too.
             Err(error) => tracing::warn!(%error, "the filter did not confirm its stop"),
@@ -267,8 +269,7 @@ pub fn drain(
     };
     let hopeless = match &error {
         RunError::Start(e) => e.is_of_journal(config),
-        RunError::DiskLost => true,
-        RunError::DiskFailed | RunError::Serve(_) => false,
+        RunError::DiskFailed | RunError::DiskFull | RunError::Serve(_) => false,
     };
     if hopeless && force {
         return abandon(config, paths, &error).map(Some);
@@ -279,14 +280,15 @@ pub fn drain(
     };
     let kept = kept_journal(config, paths);
     let force = format!("standfast unprotect {} --force", config.group);
-    let hint = match &error {
-        RunError::DiskLost => format!("check the disks; {force} gives them back as they are"),
-        _ if kept.exists() => {
-            let kept = kept.display();
-            format!("the journal was given up before and is kept at {kept}; {force} goes on")
-        }
-        _ if hopeless => format!("{hint}; {force} gives the journal up"),
-        _ => hint.to_owned(),
+    let hint = if kept.exists() {
+        let kept = kept.display();
+        format!("the journal was given up before and is kept at {kept}; {force} goes on")
+    } else if hopeless {
+        format!("{hint}; {force} gives the journal up")
+    } else if matches!(error, RunError::DiskFull) {
+        "nothing is lost: free space where the disks are, and try again".to_owned()
+    } else {
+        hint.to_owned()
     };
     Err(Failure::coded(exit, 23, what).why(error.to_string()).hint(hint))
 }

@@ -134,7 +134,8 @@ impl Volume {
     /// Makes a place in the arena for a write's payload, to be received there: whole sectors, at
     /// most [`Volume::record_max`]. False if there is none now: receive it elsewhere.
     pub fn land(&mut self, owner: u64, disk: u8, len: u64) -> Result<bool, Refusal> {
-        if self.landing.is_some() {
+        if self.landing.is_some() || self.landings_left_out > 0 {
+            self.landings_left_out = self.landings_left_out.saturating_sub(1);
             return Ok(false);
         }
         self.check_writable(disk, len)?;
@@ -192,6 +193,7 @@ impl Volume {
     fn move_out(&mut self) {
         if let Some(landing) = self.landing.take() {
             let owner = landing.owner;
+            self.landings_left_out = LEFT_OUT;
             self.moved_out.insert(owner, landing.move_out(&self.memory.0));
         }
     }
@@ -221,3 +223,6 @@ impl Volume {
         self.filter.admit_mark(tag, app, &mut self.memory, now).map_err(|_| Refusal::Stalled)
     }
 }
+
+/// Payloads that go the other way after one lost its place: being copied twice costs more than once.
+const LEFT_OUT: u32 = 16;
