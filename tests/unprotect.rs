@@ -123,16 +123,33 @@ fn a_journal_given_up_after_a_failed_sync_may_have_lost_something() {
     assert_eq!(answer["abandoned"]["whole"], false, "{answer}");
 }
 
-/// What is not synced is in memory until it is.
+/// Its memory has all that the disks lack, whatever became of a sync.
 #[test]
 fn a_group_without_a_journal_is_given_back_whole_without_force() {
     let (mut site, disk) = protected("noted", 9);
     damage(&mut site, false);
-    let note = site.agent_dir().join("groups/g/unjournaled");
-    std::fs::write(note, "it failed\nincarnation 1\n").unwrap();
+    note(&site, "incarnation 1\n");
+    let arena = std::fs::OpenOptions::new().write(true).open(arena_of(&site)).unwrap();
+    arena.write_all_at(&1u64.to_le_bytes(), Word::Syncing as u64).unwrap();
     let answer = site.at_agent(&["unprotect", "g"]).ok().json();
     assert!(answer["abandoned"].is_null(), "{answer}");
     assert!(std::fs::read(&disk).unwrap()[..65536] == [9; 65536]);
+}
+
+/// An unprotect that gave a journal up and did not come to its end is not forgotten by the next,
+/// though the journal itself had vanished.
+#[test]
+fn a_journal_that_was_given_up_is_told_of_until_the_end() {
+    let (mut site, _) = protected("given-up", 9);
+    damage(&mut site, false);
+    note(&site, "given up\nincarnation 1\n");
+    std::fs::remove_file(journal_of(&site)).unwrap();
+    let answer = site.at_agent(&["unprotect", "g"]).fails_with(3).json();
+    assert_eq!(answer["abandoned"]["whole"], false, "{answer}");
+}
+
+fn note(site: &Site, text: &str) {
+    std::fs::write(site.agent_dir().join("groups/g/unjournaled"), text).unwrap();
 }
 
 #[test]

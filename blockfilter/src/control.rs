@@ -122,7 +122,7 @@ pub struct FilterStatus {
     pub journal_used_bytes: u64,
     /// Bytes of all chunk slots.
     pub journal_capacity_bytes: u64,
-    /// Bytes admitted but not applied, in the arena.
+    /// Bytes of the arena that cannot be overwritten.
     pub arena_used_bytes: u64,
     /// Size of the arena.
     pub arena_capacity_bytes: u64,

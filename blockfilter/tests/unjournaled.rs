@@ -371,3 +371,55 @@ fn without_a_journal_a_sync_that_hangs_holds_writes_back_and_loses_none() {
     write(&mut volume, &mut model, stalled).unwrap();
     assert!(content(&mut volume) == model);
 }
+
+/// A flush whose writes are on the disks does not wait for what others write behind them.
+#[test]
+fn without_a_journal_a_flush_does_not_wait_for_the_write_back_of_later_writes() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    let mut model = Model::new();
+    drop(unjournaled(&files, &site, &mut model));
+    let hangs = Arc::new(AtomicBool::new(false));
+    let applies = |op: &EngineOp| matches!(op, EngineOp::Apply(_));
+    let mut volume =
+        site.open_with(Arc::new(files), |t| Box::new(Hanging::new(t, applies, &hangs))).unwrap();
+    carry_out(&mut volume, &mut model, &site.clock, &Act::Flush);
+    volume.write(0, 0, &[1; 4096], false).unwrap();
+    turns(&mut volume, &site.clock, 5);
+    let positions = volume.positions();
+    assert_eq!(positions.applied, positions.admitted);
+    assert!(positions.durable < positions.applied);
+    hangs.store(true, Ordering::SeqCst);
+    assert!(!volume.flush(77));
+    volume.write(0, 4096, &[2; 4096], false).unwrap();
+    let events = turns(&mut volume, &site.clock, 5);
+    assert!(events.iter().any(|e| matches!(e, VolumeEvent::Durable(77))), "{events:?}");
+}
+
+/// Who waited for a place in the journal when it failed leaves no haste behind.
+#[test]
+fn a_journal_that_fails_while_it_is_full_leaves_writes_gathered_as_ever() {
+    let files = SimFiles::new();
+    let mut site = site(Path::new("/"), 4);
+    site.config.arena_bytes = 8 << 20;
+    site.create(&files);
+    let hangs = Arc::new(AtomicBool::new(true));
+    let syncs = |op: &EngineOp| matches!(op, EngineOp::SyncDisks);
+    let mut volume = site
+        .open_with(Arc::new(files.clone()), |t| Box::new(Hanging::new(t, syncs, &hangs)))
+        .unwrap();
+    while volume.write(0, 0, &[1; 65536], false).is_ok() {
+        turns(&mut volume, &site.clock, 1);
+    }
+    let (op, path) = (Some(Op::Write), "/journal".into());
+    files.fail(Fault { op, path, skip: 0, lasting: true, failure: Failure::Io });
+    hangs.store(false, Ordering::SeqCst);
+    turns(&mut volume, &site.clock, 5);
+    assert_eq!(volume.positions().mode, Mode::Unjournaled);
+    volume.write(0, 0, &[2; 4096], false).unwrap();
+    for _ in 0..5 {
+        volume.turn(&mut Vec::new());
+    }
+    let positions = volume.positions();
+    assert!(positions.applied < positions.admitted, "{positions:?}");
+}

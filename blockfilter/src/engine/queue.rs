@@ -24,7 +24,7 @@ use crate::arena::{Arena, Word};
 use crate::block::Extent;
 use crate::journal::batch::super_offset;
 use crate::journal::format::JournalSuper;
-use crate::journal::note;
+use crate::journal::note::{self, Note};
 
 /// Something to do.
 #[derive(Debug)]
@@ -191,7 +191,8 @@ impl Target {
             Op::SyncDisks => Done::SyncDisks(self.sync_disks()),
             Op::WriteSuper(sup) => Done::WriteSuper(self.write_super(&sup)),
             Op::MarkUnjournaled(incarnation) => {
-                Done::MarkUnjournaled(note::write(self.files.as_ref(), &self.marker, incarnation))
+                let note = Note { incarnation, given_up: false };
+                Done::MarkUnjournaled(note::write(self.files.as_ref(), &self.marker, note))
             }
             Op::Read { token, disk, gaps, mut buf } => {
                 let result = gaps.iter().try_for_each(|(offset, len, at)| {

@@ -520,11 +520,6 @@ impl Filter {
         }
     }
 
-    /// CRC of the last batch below `applied`, kept in the arena for a restart.
-    pub fn applied_crc(&self) -> u32 {
-        self.applied_crc
-    }
-
     /// Bytes of chunks that cannot be recycled, and of all slots.
     pub fn journal_use(&self) -> (u64, u64) {
         let geometry = self.config.geometry;
@@ -640,6 +635,8 @@ impl Filter {
             self.mode = Mode::Unjournaled;
             self.marker = Marker::Applying;
             self.commit = None;
+            // Nobody waits for a slot any more.
+            self.pressed = None;
             self.segments.clear();
             self.synced = None;
         }

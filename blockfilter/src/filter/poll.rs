@@ -267,21 +267,30 @@ impl Filter {
         if !self.waiters.is_empty() && self.pressed.is_none() {
             self.pressed = Some(Stall::Arena);
         }
+        // Not behind one apply after the other: clients wait, and the arena fills up.
+        let unsynced = self.applied.saturating_sub(self.durable);
+        if self.waiters.front().is_some_and(|w| w.0 <= self.applied)
+            || unsynced >= self.config.arena / 4
+        {
+            return self.sync_unjournaled(now).or_else(|| self.poll_apply(now));
+        }
         if let Some(action) = self.poll_apply(now) {
             return Some(action);
         }
-        let unsynced = self.applied.saturating_sub(self.durable);
         let due = !self.waiters.is_empty()
             || self.drain
             || self.pressed.is_some()
-            || unsynced >= self.config.arena / 4
             || now >= self.checkpoint_at + CHECKPOINT_AFTER;
-        if self.syncing.is_none() && self.apply.is_none() && unsynced > 0 && due {
-            self.checkpoint_at = now;
-            self.syncing = Some((self.applied, self.applied_crc));
-            return Some(Action::SyncDisks);
+        if due && self.apply.is_none() { self.sync_unjournaled(now) } else { None }
+    }
+
+    fn sync_unjournaled(&mut self, now: u64) -> Option<Action> {
+        if self.syncing.is_some() || self.applied <= self.durable {
+            return None;
         }
-        None
+        self.checkpoint_at = now;
+        self.syncing = Some((self.applied, self.applied_crc));
+        Some(Action::SyncDisks)
     }
 
     pub(super) fn maybe_freeze(&mut self) {

@@ -114,6 +114,8 @@ enum Job {
     Admit { header: Header, offset: u64, fua: bool, buf: Vec<u8>, done: usize },
     /// A range becomes zeroes; the first `done` bytes are admitted.
     Zero { header: Header, offset: u64, len: u64, flags: ZeroFlags, trim: bool, done: u64 },
+    /// It needs a disk, and too much is being read.
+    Ask { header: Header, request: Request },
     /// A refused payload is thrown away.
     Drain { header: Header, left: u64, errno: Errno },
 }
@@ -310,13 +312,6 @@ impl Conn {
                     None => continue,
                 }
             }
-            let asks = matches!(
-                decision,
-                Decision::Run(Request::Read { .. } | Request::BlockStatus { .. })
-            );
-            if asks && !volume.can_read() {
-                return Ok(Progress::Room);
-            }
             self.ahead = WINDOW;
             self.start += REQUEST_LEN;
             self.decide(volume, limits, disk, header, decision);
@@ -378,6 +373,10 @@ impl Conn {
                 }
                 self.admitted(volume, limits, header, flags.fua, end);
                 Ok(None)
+            }
+            Some(Job::Ask { header, request }) => {
+                self.run(volume, limits, disk, header, request);
+                Ok(self.job.is_some().then_some(Progress::Room))
             }
             Some(Job::Drain { header, left, errno }) => {
                 self.drain_payload(limits, header, left, errno, now)
@@ -464,8 +463,14 @@ impl Conn {
             Request::Read { offset, len, .. } => {
                 let token = self.wait(header, u64::from(len), false);
                 let buf = self.out.buffer(len as usize);
-                if let ReadOutcome::Done(data) = volume.read(token, disk, offset, buf) {
-                    self.handle_read(token, Ok(data));
+                match volume.read(token, disk, offset, buf) {
+                    ReadOutcome::Done(data) => self.handle_read(token, Ok(data)),
+                    ReadOutcome::Pending => {}
+                    ReadOutcome::Held(buf) => {
+                        self.take(token);
+                        self.out.give(buf);
+                        self.job = Some(Job::Ask { header, request });
+                    }
                 }
             }
             Request::Flush => {
@@ -478,6 +483,10 @@ impl Conn {
                 if !limits.contexts.has(Context::Allocation) {
                     // No question to the file: the answer is in memory.
                     return self.add_dirty(volume, disk, header, one);
+                }
+                if !volume.can_read() {
+                    self.job = Some(Job::Ask { header, request });
+                    return;
                 }
                 let token = self.wait(header, EXTENTS_COST, one);
                 volume.extents(token, disk, offset, u64::from(len));

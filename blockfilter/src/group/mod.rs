@@ -17,7 +17,7 @@ use crate::arena::{Arena, Word};
 use crate::config::{GroupConfig, GroupPaths};
 use crate::engine::real::RealFiles;
 use crate::filter::Filter;
-use crate::journal::note;
+use crate::journal::note::{self, Note};
 use serve::{Server, settle, wait_until};
 use start::StartError;
 
@@ -27,11 +27,11 @@ pub enum RunError {
     /// It could not start.
     #[error(transparent)]
     Start(#[from] StartError),
-    /// A disk failed: its writes are in the journal and the arena.
-    #[error("a disk failed; the journal and the arena still hold its writes")]
+    /// A disk failed: its writes are in the journal, or without one in the arena.
+    #[error("a disk failed; the journal (without one: memory, until a reboot) has its writes")]
     DiskFailed,
-    /// A disk's file system is full: its writes are in the journal and the arena.
-    #[error("the file system of a disk is full; the journal and the arena still hold its writes")]
+    /// A disk's file system is full: its writes are where those of a failed one are.
+    #[error("a disk is full; the journal (without one: memory, until a reboot) has its writes")]
     DiskFull,
     /// Its sockets or its loop failed.
     #[error("serving the group failed: {0}")]
@@ -52,10 +52,17 @@ pub fn check_disks(config: &GroupConfig) -> Result<(), RunError> {
     Ok(start::try_disks(config)?)
 }
 
+/// Whether the group's journal was given up ([`drain_without_journal`]).
+pub fn is_given_up(paths: &GroupPaths) -> io::Result<bool> {
+    let noted = note::read(&RealFiles, &start::marker(paths))?;
+    Ok(noted.is_some_and(|note| note.given_up))
+}
+
 /// As [`drain`], for a group whose journal cannot be used: notes that it must not be
 /// replayed, and `incarnation` (that of its super block; 0: it cannot be told), and writes back
 /// what the arena holds. True if there was an arena, and no sync of the disks failed or was cut
-/// off before: then all that was acknowledged is on the disks.
+/// off before: then all that was acknowledged is on the disks. If it is repeated that is
+/// not known any more ([`is_given_up`]).
 pub fn drain_without_journal(
     config: &GroupConfig,
     paths: &GroupPaths,
@@ -65,11 +72,15 @@ pub fn drain_without_journal(
     let before = note::read(&RealFiles, &marker)?;
     let synced = Arena::peek(&config.arena_path(), Word::Syncing)? == Some(0);
     if before.is_none() {
-        note::write(&RealFiles, &marker, incarnation)?;
+        // From now on the arena has to hold all that is not synced.
+        start::sync_disks(config)?;
     }
+    let incarnation = before.map_or(incarnation, |note| note.incarnation);
+    let note = Note { incarnation, given_up: true };
+    note::write(&RealFiles, &marker, note)?;
     drain(config, paths)?;
     // A start that found no arena noted the incarnation that it began.
-    Ok(synced && note::read(&RealFiles, &marker)? == Some(before.unwrap_or(incarnation)))
+    Ok(synced && note::read(&RealFiles, &marker)? == Some(note))
 }
 
 /// Writes everything back to the disks without serving them: they are plain

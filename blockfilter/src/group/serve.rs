@@ -298,10 +298,13 @@ impl Server {
                 self.stopping.get_or_insert((id, drain));
                 self.stop_clients(drain);
             }
-            Err(_) => {
-                self.ctls.remove(&id);
-            }
+            Err(_) => self.close_control(id),
         }
+    }
+
+    fn close_control(&mut self, id: u64) {
+        self.ctls.remove(&id);
+        self.volume.forget(id);
     }
 
     fn progress(&mut self, id: u64, now: u64) {
@@ -342,7 +345,7 @@ impl Server {
         for id in touched {
             if let Some(ctl) = self.ctls.get_mut(id) {
                 if ctl.send().is_err() {
-                    self.ctls.remove(id);
+                    self.close_control(*id);
                 }
                 continue;
             }

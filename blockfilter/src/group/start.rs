@@ -26,7 +26,7 @@ use crate::engine::{Clock, File, Files, Latched, Open};
 use crate::filter::{Filter, FilterConfig, Memory, Start};
 use crate::journal::batch::{finish_super, parse_batch, payloads_ok, super_offset};
 use crate::journal::format::*;
-use crate::journal::note;
+use crate::journal::note::{self, Note};
 use crate::journal::open::{OpenError, Scanned, read_chunks, read_super, scan};
 use crate::journal::{chunks::Slots, first_super, geometry_of};
 use crate::overlay::Overlay;
@@ -195,7 +195,8 @@ pub fn recover(
     // Left by a process that died over it.
     let _ = std::fs::remove_file(again_path(config));
     let journal: Arc<dyn File> = Arc::new(Latched::new(journal));
-    let (sup, dead) = find_super(config, files.as_ref(), journal.as_ref(), &marker)?;
+    let (sup, noted) = find_super(config, files.as_ref(), journal.as_ref(), &marker)?;
+    let dead = noted.is_some();
     let make = |arena: Arc<Arena>| {
         Arc::new(Target {
             journal: journal.clone(),
@@ -238,10 +239,9 @@ pub fn recover(
             ),
         }
     }
-    let start = if dead {
-        bare(sup, files.as_ref(), &marker)?
-    } else {
-        cold(config, &journal, sup, &make).map_err(|e| e.into_start(config))?
+    let start = match noted {
+        Some(noted) => bare(sup, noted, files.as_ref(), &marker)?,
+        None => cold(config, &journal, sup, &make).map_err(|e| e.into_start(config))?,
     };
     let arena = Arc::new(new_arena(config, &start)?);
     Ok(parts(start, make(arena)))
@@ -263,6 +263,22 @@ fn open_disks(config: &GroupConfig, files: &dyn Files) -> Result<Vec<Arc<dyn Fil
 /// See [`super::check_disks`].
 pub(super) fn try_disks(config: &GroupConfig) -> Result<(), StartError> {
     check_disks(config, &open_disks(config, &RealFiles)?).map(drop)
+}
+
+/// Syncs the disks, counted in the arena as any other sync of them.
+pub(super) fn sync_disks(config: &GroupConfig) -> Result<(), StartError> {
+    let path = config.arena_path();
+    let hdr = Arena::identity(&path).map_err(arena_error)?;
+    let arena = hdr.map_or(Ok(None), |hdr| Arena::open(&path, &hdr)).map_err(arena_error)?;
+    let count = |by| arena.iter().for_each(|a| a.add_word(Word::Syncing, by));
+    let disks = open_disks(config, &RealFiles)?;
+    count(1);
+    for (file, disk) in disks.iter().zip(&config.disks) {
+        let error = |source| StartError::File { path: disk.path.clone(), source };
+        file.sync_data().map_err(error)?;
+    }
+    count(-1);
+    Ok(())
 }
 
 /// The disks must be as long as they were when they were protected.
@@ -412,22 +428,24 @@ fn open_records(arena: &Arena, lsn: u64, count: u64) -> Result<Vec<RecDesc>, &'s
     Ok(descs)
 }
 
-/// The super block, and whether the journal is dead.
+/// The super block, and the note if the journal is dead.
 fn find_super(
     config: &GroupConfig,
     files: &dyn Files,
     journal: &dyn File,
     marker: &Path,
-) -> Result<(JournalSuper, bool), StartError> {
+) -> Result<(JournalSuper, Option<Note>), StartError> {
     let noted = note::read(files, marker)
         .map_err(|source| StartError::File { path: marker.to_owned(), source })?;
     let in_journal = |source| StartError::Journal { path: config.journal.clone(), source };
     let found = read_super(journal, config);
     let sup = match noted {
-        Some(noted) => dead_super(config, found.ok(), noted).map_err(|e| in_journal(e.into()))?,
+        Some(noted) => {
+            dead_super(config, found.ok(), noted.incarnation).map_err(|e| in_journal(e.into()))?
+        }
         None => found.map_err(in_journal)?,
     };
-    Ok((sup, noted.is_some()))
+    Ok((sup, noted))
 }
 
 /// The super block of a group whose journal is dead: of the journal, if it can still be
@@ -459,9 +477,14 @@ fn dead_super(
 
 /// A start without a journal and without an arena: the disks are the truth. Positions are
 /// given again from the checkpoint on, so under the next incarnation, durably (I8).
-fn bare(mut sup: JournalSuper, files: &dyn Files, marker: &Path) -> Result<Start, StartError> {
+fn bare(
+    mut sup: JournalSuper,
+    noted: Note,
+    files: &dyn Files,
+    marker: &Path,
+) -> Result<Start, StartError> {
     let incarnation = sup.incarnation.get() + 1;
-    note::write(files, marker, incarnation)
+    note::write(files, marker, Note { incarnation, ..noted })
         .map_err(|source| StartError::File { path: marker.to_owned(), source })?;
     sup.incarnation = incarnation.into();
     let at = geometry_of(&sup).normal(sup.checkpoint.get());

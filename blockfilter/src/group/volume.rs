@@ -82,6 +82,8 @@ pub enum ReadOutcome {
     Done(Vec<u8>),
     /// [`VolumeEvent::Read`] will bring it.
     Pending,
+    /// As if it had not been asked: see [`Volume::can_read`]. The buffer, of any content.
+    Held(Vec<u8>),
 }
 
 /// What became ready in a turn.
@@ -186,7 +188,7 @@ impl Volume {
         }
     }
 
-    /// Whether a read or a question for extents may start (I24). If not: when [`Volume::turn`]
+    /// Whether a disk may be asked for bytes or extents (I24). If not: when [`Volume::turn`]
     /// returned true. A disk that hangs keeps them after the connection that asked is gone.
     pub fn can_read(&mut self) -> bool {
         self.reads_held = self.reading >= READING_MAX;
@@ -198,6 +200,9 @@ impl Volume {
         let gaps = self.read_now(disk, offset, &mut buf);
         if gaps.is_empty() {
             return ReadOutcome::Done(buf);
+        }
+        if !self.can_read() {
+            return ReadOutcome::Held(buf);
         }
         self.reading += buf.len() as u64;
         self.engine.submit(Op::Read { token, disk, gaps, buf });

@@ -93,6 +93,11 @@ impl Out {
         self.buffers.take(len)
     }
 
+    /// Takes such a buffer back.
+    pub fn give(&mut self, buf: Vec<u8>) {
+        self.buffers.give(buf);
+    }
+
     /// Appends such a buffer.
     pub fn add_data(&mut self, data: Vec<u8>) {
         if data.len() <= SMALL {

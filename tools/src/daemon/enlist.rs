@@ -253,15 +253,17 @@ pub fn drain(
     }
     let _held = RoleLock::take(&lock)
         .map_err(|error| Failure::coded(Exit::Busy, 16, what.clone()).why(error.to_string()))?;
+    let given_up = blockfilter::group::is_given_up(paths).failed(what.clone())?;
+    let kept = kept_journal(config, paths);
     let error = match blockfilter::group::drain(config, paths) {
-        // A journal that was given up by an unprotect that did not come to its end.
-        Ok(()) if kept_journal(config, paths).exists() => {
+        // By an unprotect that did not come to its end, or before the note was written.
+        Ok(()) if given_up || kept.exists() => {
             return Ok(Some(Abandoned {
                 why: "the journal was given up before".to_owned(),
                 whole: false,
                 checkpoint: None,
                 at_most_bytes: None,
-                kept: Some(kept_journal(config, paths)),
+                kept: kept.exists().then_some(kept),
             }));
         }
         Ok(()) => return Ok(None),
@@ -278,15 +280,14 @@ pub fn drain(
         RunError::Start(_) => Exit::WrongState,
         _ => Exit::Failed,
     };
-    let kept = kept_journal(config, paths);
     let force = format!("standfast unprotect {} --force", config.group);
-    let hint = if kept.exists() {
+    let hint = if matches!(error, RunError::DiskFull) {
+        "free space where the disks are, and try again".to_owned()
+    } else if kept.exists() {
         let kept = kept.display();
         format!("the journal was given up before and is kept at {kept}; {force} goes on")
     } else if hopeless {
         format!("{hint}; {force} gives the journal up")
-    } else if matches!(error, RunError::DiskFull) {
-        "nothing is lost: free space where the disks are, and try again".to_owned()
     } else {
         hint.to_owned()
     };
