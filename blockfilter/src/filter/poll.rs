@@ -264,20 +264,20 @@ impl Filter {
             self.segments.clear();
             self.force_commit = false;
         }
-        if !self.waiters.is_empty() && self.pressed.is_none() {
+        // Who is served but not told yet waits for nothing.
+        let awaited = self.waiters.iter().map(|w| w.0).find(|pos| *pos > self.durable);
+        if awaited.is_some() && self.pressed.is_none() {
             self.pressed = Some(Stall::Arena);
         }
         // Not behind one apply after the other: clients wait, and the arena fills up.
         let unsynced = self.applied.saturating_sub(self.durable);
-        if self.waiters.front().is_some_and(|w| w.0 <= self.applied)
-            || unsynced >= self.config.arena / 4
-        {
+        if awaited.is_some_and(|pos| pos <= self.applied) || unsynced >= self.config.arena / 4 {
             return self.sync_unjournaled(now).or_else(|| self.poll_apply(now));
         }
         if let Some(action) = self.poll_apply(now) {
             return Some(action);
         }
-        let due = !self.waiters.is_empty()
+        let due = awaited.is_some()
             || self.drain
             || self.pressed.is_some()
             || now >= self.checkpoint_at + CHECKPOINT_AFTER;

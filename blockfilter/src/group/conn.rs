@@ -374,6 +374,10 @@ impl Conn {
                 self.admitted(volume, limits, header, flags.fua, end);
                 Ok(None)
             }
+            Some(Job::Ask { header, request }) if !volume.can_read() => {
+                self.job = Some(Job::Ask { header, request });
+                Ok(Some(Progress::Room))
+            }
             Some(Job::Ask { header, request }) => {
                 self.run(volume, limits, disk, header, request);
                 Ok(self.job.is_some().then_some(Progress::Room))

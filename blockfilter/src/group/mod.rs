@@ -70,6 +70,7 @@ pub fn drain_without_journal(
 ) -> Result<bool, RunError> {
     let marker = start::marker(paths);
     let before = note::read(&RealFiles, &marker)?;
+    let first = before.is_none_or(|note| !note.given_up);
     let synced = Arena::peek(&config.arena_path(), Word::Syncing)? == Some(0);
     if before.is_none() {
         // From now on the arena has to hold all that is not synced.
@@ -80,7 +81,7 @@ pub fn drain_without_journal(
     note::write(&RealFiles, &marker, note)?;
     drain(config, paths)?;
     // A start that found no arena noted the incarnation that it began.
-    Ok(synced && note::read(&RealFiles, &marker)? == Some(note))
+    Ok(first && synced && note::read(&RealFiles, &marker)? == Some(note))
 }
 
 /// Writes everything back to the disks without serving them: they are plain

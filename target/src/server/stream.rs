@@ -1,19 +1,25 @@
 //! One replication session at the target: frames to the store, acknowledgements back.
 //!
+//! Two threads: the session's own ([`Line`]) receives, decrypts and checks frames and sends
+//! acknowledgements; the other ([`Keeper`]) carries frames out, in order, at most
+//! [`AHEAD`] behind. So the next frames are received while a disk writes or syncs, and a slow one
+//! does not make the target look dead.
+//!
 //! Holds: every change of the store happens under the group's lock by the session
 //! that holds the group; an Ack says only what is durable; copies are made
 //! durable at least every 64 MiB or second.
 
-use std::sync::{Arc, MutexGuard};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, MutexGuard, TryLockError};
 use std::time::Duration;
 
+use crossbeam::channel::{Receiver as Frames, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 use replicator::frame::{FrameBuf, FrameError};
 use replicator::session::{
     Ack, ErrorCode, ErrorMessage, Heartbeat, Hello, HelloAck, SeedBegin, SeedEnd, Want, group_id,
 };
 use replicator::transport::{Channel, ChannelError, Waker};
 use replicator::wire::Kind;
-use std::sync::atomic::Ordering;
 
 use super::requests::{error, refuse};
 use super::{GroupLink, Shared, Writer, lock, seed_at};
@@ -37,15 +43,41 @@ enum StreamError {
     Bye,
 }
 
+/// What both threads of a session use.
 struct Session<'a> {
     shared: &'a Shared,
     store: &'a GroupStore,
     link: Arc<GroupLink>,
     id: u64,
-    receiver: Receiver,
-    echo_us: Option<u64>,
-    ack_due: bool,
+    wake: &'a Waker,
+    /// Something changed that the source should know.
+    ack_due: AtomicBool,
+    /// The source's clock in its last heartbeat; 0: none came.
+    echo_us: AtomicU64,
+    /// The keeper ended.
+    ended: AtomicBool,
+}
+
+/// Of the keeper, until it ends.
+struct Runs<'a>(&'a Session<'a>);
+
+impl Drop for Runs<'_> {
+    fn drop(&mut self) {
+        self.0.ended.store(true, Ordering::SeqCst);
+        self.0.wake.wake();
+    }
+}
+
+/// The thread that owns the connection.
+struct Line<'a> {
+    session: &'a Session<'a>,
     acked_us: u64,
+}
+
+/// The thread that changes the store.
+struct Keeper<'a> {
+    session: &'a Session<'a>,
+    receiver: Receiver,
     unsynced: u64,
     synced_us: u64,
 }
@@ -146,19 +178,17 @@ fn session(
         disks: state.meta.disks.iter().map(|d| d.size_bytes).collect(),
         seed: state.seed.map(|s| s.s),
     });
-    let mut session = Session {
+    let session = Session {
         shared,
         store,
         link: link.clone(),
         id,
-        receiver,
-        echo_us: None,
-        ack_due: true,
-        acked_us: 0,
-        unsynced: 0,
-        synced_us: shared.clock.mono_us(),
+        wake,
+        ack_due: true.into(),
+        echo_us: 0.into(),
+        ended: false.into(),
     };
-    let ended = session.run(channel, wake);
+    let ended = session.run(channel, receiver);
     session.leave();
     match ended {
         Err(StreamError::Channel(error)) => Err(error),
@@ -202,28 +232,20 @@ fn told(why: &StreamError) -> ErrorMessage {
 }
 
 impl Session<'_> {
-    fn run(&mut self, channel: &mut Channel, wake: &Waker) -> Result<(), StreamError> {
-        loop {
-            if self.shared.stop.load(Ordering::SeqCst) {
-                self.sync_copies()?;
-                return Ok(());
-            }
-            while let Some(frame) = channel.take() {
-                self.take(frame)?;
-            }
-            self.sync_copies_if_due()?;
-            // Also when nothing changed: over a slow line heartbeats wait behind data,
-            // and the source must not take us for dead.
-            let now = self.shared.clock.mono_us();
-            let quiet = now.saturating_sub(self.acked_us) >= QUIET_US;
-            if (self.ack_due || quiet) && !channel.output_pending() {
-                channel.send(&self.ack()?)?;
-                self.ack_due = false;
-                self.acked_us = now;
-            }
-            channel.pump(PUMP, Some(wake))?;
-            drop(self.writer()?);
-        }
+    fn run(&self, channel: &mut Channel, receiver: Receiver) -> Result<(), StreamError> {
+        let (to_keeper, frames) = bounded(AHEAD);
+        let synced_us = self.shared.clock.mono_us();
+        std::thread::scope(|scope| {
+            let keeper = std::thread::Builder::new().name("sf-keeper".into());
+            let keeper = keeper.spawn_scoped(scope, move || {
+                let _runs = Runs(self);
+                Keeper { session: self, receiver, unsynced: 0, synced_us }.run(&frames)
+            });
+            let keeper = keeper.map_err(ChannelError::Io)?;
+            let carried = Line { session: self, acked_us: 0 }.run(channel, to_keeper);
+            let kept = keeper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            kept.and(carried)
+        })
     }
 
     /// The right to change the store, while this is the group's session.
@@ -232,89 +254,23 @@ impl Session<'_> {
         if writer.session == self.id { Ok(writer) } else { Err(StreamError::Replaced) }
     }
 
-    fn take(&mut self, frame: FrameBuf) -> Result<(), StreamError> {
-        match frame.kind() {
-            Kind::Epoch => {
-                if let Some(epoch) = self.receiver.epoch_frame(frame)? {
-                    let writer = self.writer()?;
-                    self.store.append_epoch(&epoch)?;
-                    drop(writer);
-                    self.ack_due = true;
-                }
-            }
-            Kind::Copy => {
-                self.receiver.copy_frame(&frame)?;
-                let writer = self.writer()?;
-                self.store.append_copy(&frame)?;
-                drop(writer);
-                self.unsynced += frame.bytes.len() as u64;
-                if self.unsynced >= COPY_SYNC_BYTES {
-                    self.sync_copies()?;
-                }
-            }
-            Kind::Heartbeat => self.heartbeat(&frame.parse()?),
-            Kind::SeedBegin => self.seed_begin(&frame.parse()?)?,
-            Kind::SeedEnd => {
-                let end: SeedEnd = frame.parse()?;
-                let writer = self.writer()?;
-                self.store.end_seed(end.e)?;
-                drop(writer);
-                self.unsynced = 0;
-                self.ack_due = true;
-            }
-            Kind::Error => {
-                let message: ErrorMessage = frame.parse()?;
-                tracing::warn!(code = ?message.code, message = %message.message, "the source gave up");
-                if message.code == ErrorCode::Diverged {
-                    lock(&self.link.watch).diverged = Some(message.message);
-                }
-                return Err(StreamError::Bye);
-            }
-            Kind::Bye => return Err(StreamError::Bye),
-            _ => return Err(ReceiveError::Bad("kind of message").into()),
+    /// As far as can be told without waiting for the keeper.
+    fn is_replaced(&self) -> bool {
+        match self.link.writer.try_lock() {
+            Ok(writer) => writer.session != self.id,
+            Err(TryLockError::Poisoned(writer)) => writer.into_inner().session != self.id,
+            Err(TryLockError::WouldBlock) => false,
         }
-        Ok(())
     }
 
-    fn seed_begin(&mut self, begin: &SeedBegin) -> Result<(), StreamError> {
-        let writer = self.writer()?;
-        self.store.begin_seed(begin.s, begin.incarnation, begin.generation)?;
-        drop(writer);
-        self.receiver.seed_begun(begin.s, begin.incarnation);
-        self.unsynced = 0;
-        self.ack_due = true;
-        Ok(())
+    fn ack_is_due(&self) {
+        self.ack_due.store(true, Ordering::SeqCst);
+        self.wake.wake();
     }
 
-    fn heartbeat(&mut self, beat: &Heartbeat) {
-        let mut watch = lock(&self.link.watch);
-        watch.rpo.beat(beat, self.shared.clock.mono_us());
-        watch.admitted = Some(beat.admitted);
-        self.echo_us = Some(beat.mono_us);
-        self.ack_due = true;
-    }
-
-    fn sync_copies_if_due(&mut self) -> Result<(), StreamError> {
-        let now = self.shared.clock.mono_us();
-        if self.unsynced > 0 && now.saturating_sub(self.synced_us) >= COPY_SYNC_US {
-            self.sync_copies()?;
-        }
-        Ok(())
-    }
-
-    fn sync_copies(&mut self) -> Result<(), StreamError> {
-        if self.unsynced > 0 {
-            let writer = self.writer()?;
-            self.store.sync_copy()?;
-            drop(writer);
-            self.unsynced = 0;
-            self.ack_due = true;
-        }
-        self.synced_us = self.shared.clock.mono_us();
-        Ok(())
-    }
-
-    fn ack(&self) -> Result<FrameBuf, StreamError> {
+    fn ack(&self) -> Result<FrameBuf, FrameError> {
+        // First: who sees its heartbeat echoed takes the state for newer.
+        let echo_us = self.echo_us.load(Ordering::SeqCst);
         let state = self.store.state();
         let now = self.shared.clock.mono_us();
         let rpo_us = lock(&self.link.watch).rpo.rpo_us(state.last_consistent, now);
@@ -324,11 +280,11 @@ impl Session<'_> {
             seed: seed_at(&state),
             consistent: state.last_consistent,
             rpo_us,
-            echo_us: self.echo_us,
+            echo_us: (echo_us > 0).then_some(echo_us),
             mono_us: Some(now),
             recoverable_us: self.store.newest().map(|p| p.time_us),
         };
-        Ok(FrameBuf::message(Kind::Ack, &ack)?)
+        FrameBuf::message(Kind::Ack, &ack)
     }
 
     fn leave(&self) {
@@ -339,6 +295,159 @@ impl Session<'_> {
     }
 }
 
+impl Line<'_> {
+    /// Until the connection or the keeper ends, another session takes over, or the target stops.
+    fn run(
+        &mut self,
+        channel: &mut Channel,
+        to_keeper: Sender<FrameBuf>,
+    ) -> Result<(), StreamError> {
+        let session = self.session;
+        let over =
+            || session.ended.load(Ordering::SeqCst) || session.shared.stop.load(Ordering::SeqCst);
+        while !over() {
+            if session.is_replaced() {
+                return Err(StreamError::Replaced);
+            }
+            self.answer(channel)?;
+            match channel.take() {
+                Some(frame) => self.hand_over(channel, &to_keeper, frame)?,
+                None => channel.pump(PUMP, Some(session.wake))?,
+            }
+        }
+        Ok(())
+    }
+
+    fn hand_over(
+        &mut self,
+        channel: &mut Channel,
+        to_keeper: &Sender<FrameBuf>,
+        mut frame: FrameBuf,
+    ) -> Result<(), StreamError> {
+        loop {
+            match to_keeper.send_timeout(frame, PUMP) {
+                // If it ended it says why.
+                Ok(()) | Err(SendTimeoutError::Disconnected(_)) => return Ok(()),
+                Err(SendTimeoutError::Timeout(back)) => frame = back,
+            }
+            self.answer(channel)?;
+        }
+    }
+
+    /// Acknowledges what changed. Also when nothing did: over a slow line heartbeats wait behind
+    /// data, and the source must not take us for dead.
+    fn answer(&mut self, channel: &mut Channel) -> Result<(), StreamError> {
+        let session = self.session;
+        let now = session.shared.clock.mono_us();
+        let quiet = now.saturating_sub(self.acked_us) >= QUIET_US;
+        let due = session.ack_due.load(Ordering::SeqCst) || quiet;
+        if due && !channel.output_pending() {
+            session.ack_due.store(false, Ordering::SeqCst);
+            channel.send(&session.ack()?)?;
+            self.acked_us = now;
+        }
+        Ok(())
+    }
+}
+
+impl Keeper<'_> {
+    /// Until the line ends; what it handed over is carried out first.
+    fn run(&mut self, frames: &Frames<FrameBuf>) -> Result<(), StreamError> {
+        loop {
+            match frames.recv_timeout(PUMP) {
+                Ok(frame) => self.take(frame)?,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return self.sync_copies(),
+            }
+            self.sync_copies_if_due()?;
+        }
+    }
+
+    fn take(&mut self, frame: FrameBuf) -> Result<(), StreamError> {
+        match frame.kind() {
+            Kind::Epoch => {
+                if let Some(epoch) = self.receiver.epoch_frame(frame)? {
+                    let writer = self.session.writer()?;
+                    self.session.store.append_epoch(&epoch)?;
+                    drop(writer);
+                    self.session.ack_is_due();
+                }
+            }
+            Kind::Copy => {
+                self.receiver.copy_frame(&frame)?;
+                let writer = self.session.writer()?;
+                self.session.store.append_copy(&frame)?;
+                drop(writer);
+                self.unsynced += frame.bytes.len() as u64;
+                if self.unsynced >= COPY_SYNC_BYTES {
+                    self.sync_copies()?;
+                }
+            }
+            Kind::Heartbeat => self.heartbeat(&frame.parse()?),
+            Kind::SeedBegin => self.seed_begin(&frame.parse()?)?,
+            Kind::SeedEnd => {
+                let end: SeedEnd = frame.parse()?;
+                let writer = self.session.writer()?;
+                self.session.store.end_seed(end.e)?;
+                drop(writer);
+                self.unsynced = 0;
+                self.session.ack_is_due();
+            }
+            Kind::Error => {
+                let message: ErrorMessage = frame.parse()?;
+                tracing::warn!(code = ?message.code, message = %message.message, "the source gave up");
+                if message.code == ErrorCode::Diverged {
+                    lock(&self.session.link.watch).diverged = Some(message.message);
+                }
+                return Err(StreamError::Bye);
+            }
+            Kind::Bye => return Err(StreamError::Bye),
+            _ => return Err(ReceiveError::Bad("kind of message").into()),
+        }
+        Ok(())
+    }
+
+    fn seed_begin(&mut self, begin: &SeedBegin) -> Result<(), StreamError> {
+        let writer = self.session.writer()?;
+        self.session.store.begin_seed(begin.s, begin.incarnation, begin.generation)?;
+        drop(writer);
+        self.receiver.seed_begun(begin.s, begin.incarnation);
+        self.unsynced = 0;
+        self.session.ack_is_due();
+        Ok(())
+    }
+
+    fn heartbeat(&mut self, beat: &Heartbeat) {
+        let mut watch = lock(&self.session.link.watch);
+        watch.rpo.beat(beat, self.session.shared.clock.mono_us());
+        watch.admitted = Some(beat.admitted);
+        self.session.echo_us.store(beat.mono_us, Ordering::SeqCst);
+        self.session.ack_is_due();
+    }
+
+    fn sync_copies_if_due(&mut self) -> Result<(), StreamError> {
+        let now = self.session.shared.clock.mono_us();
+        if self.unsynced > 0 && now.saturating_sub(self.synced_us) >= COPY_SYNC_US {
+            self.sync_copies()?;
+        }
+        Ok(())
+    }
+
+    fn sync_copies(&mut self) -> Result<(), StreamError> {
+        if self.unsynced > 0 {
+            let writer = self.session.writer()?;
+            self.session.store.sync_copy()?;
+            drop(writer);
+            self.unsynced = 0;
+            self.session.ack_is_due();
+        }
+        self.synced_us = self.session.shared.clock.mono_us();
+        Ok(())
+    }
+}
+
+/// Frames that wait for the keeper.
+const AHEAD: usize = 4;
 const PUMP: Duration = Duration::from_millis(200);
 const COPY_SYNC_BYTES: u64 = 64 << 20;
 const QUIET_US: u64 = 2_000_000;

@@ -367,15 +367,37 @@ fn a_restarted_source_goes_on_and_one_that_forgot_is_never_merged() {
     assert_eq!(site.handle.status()[0].last, held);
 }
 
-#[test]
-fn a_target_that_cannot_read_its_copy_takes_back_what_it_held() {
-    let site = Site::new();
+/// An agent whose source has a complete copy at the target, and was told so.
+fn copied(site: &Site) -> (PathBuf, MemSource) {
     let source = MemSource::new(disks());
     let agent = site.agent("a");
     let shipper = site.shipper(&agent, &source, site.handle.local_addr());
     shipping(&shipper, || {
         site.until("the complete copy is told of", || source.lock().told.1);
     });
+    (agent, source)
+}
+
+/// Its place at the target is another's now, so what it was told of its copy may not hold.
+#[test]
+fn a_session_that_is_replaced_is_told_and_takes_back_what_was_held() {
+    let site = Site::new();
+    let (agent, source) = copied(&site);
+    let shipper = site.shipper(&agent, &source, site.handle.local_addr());
+    shipping(&shipper, || {
+        site.until("it is in session", || site.state() == Some(ReplicaState::Consistent));
+        let before = source.lock().taken_back;
+        let second = site.shipper(&agent, &source, site.handle.local_addr());
+        shipping(&second, || {
+            site.until("it is taken back", || source.lock().taken_back > before);
+        });
+    });
+}
+
+#[test]
+fn a_target_that_cannot_read_its_copy_takes_back_what_it_held() {
+    let site = Site::new();
+    let (agent, source) = copied(&site);
     let site = site.restart_with(|group| {
         for entry in std::fs::read_dir(group).unwrap() {
             let path = entry.unwrap().path();
@@ -394,12 +416,7 @@ fn a_target_that_cannot_read_its_copy_takes_back_what_it_held() {
 #[test]
 fn a_target_with_another_authority_takes_back_what_ours_held() {
     let site = Site::new();
-    let source = MemSource::new(disks());
-    let agent = site.agent("a");
-    let shipper = site.shipper(&agent, &source, site.handle.local_addr());
-    shipping(&shipper, || {
-        site.until("the complete copy is told of", || source.lock().told.1);
-    });
+    let (agent, source) = copied(&site);
     let other = Site::new();
     let shipper = site.shipper(&agent, &source, other.handle.local_addr());
     shipping(&shipper, || {

@@ -33,6 +33,8 @@ pub(crate) struct State {
     pub seeds: u32,
     /// What was last told of the target: its position, and whether as a complete copy.
     pub told: (Lsn, bool),
+    /// How often it was told that the target holds nothing.
+    pub taken_back: u32,
     /// Everything that was told of complete copies.
     pub whole: Vec<Lsn>,
 }
@@ -58,6 +60,7 @@ impl MemSource {
             kept_from: 4096,
             seeds: 0,
             told: (Lsn(0), false),
+            taken_back: 0,
             whole: Vec::new(),
         })))
     }
@@ -174,6 +177,7 @@ impl Control for MemSource {
         assert!(lsn <= state.positions.durable, "the target holds what is not durable");
         state.positions.ship_floor = state.positions.ship_floor.max(lsn);
         state.told = (lsn, whole);
+        state.taken_back += u32::from((lsn, whole) == (Lsn(0), false));
         if whole {
             state.whole.push(lsn);
         }
