@@ -21,7 +21,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, b
 
 use crate::epoch::is_zero;
 use crate::frame::FrameBuf;
-use crate::source::{Control, DiskSource, Source};
+use crate::source::{Control, DiskRange, DiskSource, Source};
 use crate::transport::Waker;
 use crate::wire::{CodecId, FrameHdr, Kind};
 
@@ -100,7 +100,7 @@ pub struct CopyHead {
 
 /// Adds what was read at `offset` to a step: runs of blocks that are not zero as
 /// writes; zero runs as Zero, or not at all in a first seed. (pure)
-fn add_data(step: &mut Step, plan: &SeedPlan, disk: u8, offset: u64, data: &[u8]) {
+fn add_data(step: &mut Step, plan: &SeedPlan, disk: u8, offset: u64, data: Vec<u8>) {
     let mut at = 0;
     while at < data.len() {
         let zero = is_zero(&data[at..data.len().min(at + ZERO_BLOCK)]);
@@ -127,6 +127,10 @@ fn add_data(step: &mut Step, plan: &SeedPlan, disk: u8, offset: u64, data: &[u8]
                 crc: crc32c::crc32c(run).into(),
                 ..Default::default()
             });
+            if run.len() == data.len() && step.payload.is_empty() {
+                step.payload = data;
+                return;
+            }
             step.payload.extend_from_slice(run);
         }
         at = end;
@@ -156,7 +160,6 @@ struct Walk<'a> {
     /// What is known of the disk from the cursor on, first extent first.
     extents: std::collections::VecDeque<Extent>,
     cursor: (u32, u64),
-    buf: Vec<u8>,
 }
 
 impl Walk<'_> {
@@ -168,9 +171,8 @@ impl Walk<'_> {
             h: Lsn(0),
             last: false,
         };
-        let payload_max = if self.plan.first { 1 << 20 } else { 256 << 10 };
         let mut covered = 0;
-        while step.payload.len() < payload_max
+        while (step.payload.len() as u64) < self.piece_max()
             && covered < COVER_MAX
             && step.descs.len() < DESCS_MAX
         {
@@ -191,8 +193,7 @@ impl Walk<'_> {
                 self.extents.clear();
                 continue;
             }
-            let room = (payload_max - step.payload.len()) as u64;
-            covered += self.piece(&mut step, size, room)?;
+            covered += self.piece(&mut step, size)?;
         }
         step.cursor = self.cursor;
         // After the reads, never before (ruling 1).
@@ -200,8 +201,25 @@ impl Walk<'_> {
         Ok(step)
     }
 
+    /// Most bytes of one read, and of a step's payload before its last read.
+    fn piece_max(&self) -> u64 {
+        if self.plan.first { 1 << 20 } else { 256 << 10 }
+    }
+
+    /// What is read next if `at` is where the extents that are known begin.
+    fn upcoming(&self, disk: usize, mut at: u64) -> Option<DiskRange> {
+        for extent in &self.extents {
+            if !extent.zero {
+                let len = extent.len.min(self.piece_max()) as u32;
+                return Some(DiskRange { disk, offset: at, len });
+            }
+            at += extent.len;
+        }
+        None
+    }
+
     /// Reads or skips from the cursor on; returns how far it got.
-    fn piece(&mut self, step: &mut Step, size: u64, room: u64) -> io::Result<u64> {
+    fn piece(&mut self, step: &mut Step, size: u64) -> io::Result<u64> {
         let (disk, offset) = (self.cursor.0 as usize, self.cursor.1);
         if self.extents.is_empty() {
             let len = (size - offset).min(EXTENTS_AHEAD);
@@ -211,16 +229,16 @@ impl Walk<'_> {
         let extent = self.extents.pop_front();
         let mut extent = extent.unwrap_or(Extent { len: size - offset, hole: false, zero: false });
         extent.len = extent.len.min(size - offset);
-        let step_len = if extent.zero { extent.len.min(COVER_MAX) } else { extent.len.min(room) };
+        let step_len = extent.len.min(if extent.zero { COVER_MAX } else { self.piece_max() });
+        if step_len < extent.len {
+            self.extents.push_front(Extent { len: extent.len - step_len, ..extent });
+        }
         if extent.zero {
             add_zero(step, self.plan, disk as u8, offset, step_len);
         } else {
-            self.buf.resize(step_len as usize, 0);
-            self.disks.read(disk, offset, &mut self.buf)?;
-            add_data(step, self.plan, disk as u8, offset, &self.buf);
-        }
-        if step_len < extent.len {
-            self.extents.push_front(Extent { len: extent.len - step_len, ..extent });
+            let range = DiskRange { disk, offset, len: step_len as u32 };
+            let data = self.disks.read(range, self.upcoming(disk, offset + step_len))?;
+            add_data(step, self.plan, disk as u8, offset, data);
         }
         self.cursor.1 += step_len;
         Ok(step_len)
@@ -278,7 +296,7 @@ fn copy(
     let walk = source.disks().and_then(|disks| {
         let control = source.control()?;
         let extents = std::collections::VecDeque::new();
-        Ok(Walk { plan, disks, control, extents, cursor: plan.cursor, buf: Vec::new() })
+        Ok(Walk { plan, disks, control, extents, cursor: plan.cursor })
     });
     let mut walk = match walk {
         Ok(walk) => walk,
@@ -319,12 +337,17 @@ mod tests {
     use super::*;
     use blockfilter::control::Positions;
 
-    struct Memory(Vec<Vec<u8>>);
+    /// The disks, and the range that was said to be next.
+    struct Memory(Vec<Vec<u8>>, Option<DiskRange>);
 
     impl DiskSource for Memory {
-        fn read(&mut self, disk: usize, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-            buf.copy_from_slice(&self.0[disk][offset as usize..][..buf.len()]);
-            Ok(())
+        fn read(&mut self, range: DiskRange, next: Option<DiskRange>) -> io::Result<Vec<u8>> {
+            let said = std::mem::replace(&mut self.1, next);
+            assert!(
+                said.is_none_or(|said| said == range),
+                "{said:?}, not {range:?}, was asked for"
+            );
+            Ok(self.0[range.disk][range.offset as usize..][..range.len as usize].to_vec())
         }
         fn extents(&mut self, disk: usize, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
             let rest = &self.0[disk][offset as usize..];
@@ -359,11 +382,10 @@ mod tests {
         };
         let mut walk = Walk {
             plan: &plan,
-            disks: Box::new(Memory(disks.to_vec())),
+            disks: Box::new(Memory(disks.to_vec(), None)),
             control: Box::new(Still),
             extents: Default::default(),
             cursor,
-            buf: Vec::new(),
         };
         let mut steps = vec![walk.next_step().unwrap()];
         while !steps[steps.len() - 1].last {

@@ -6,7 +6,7 @@
 
 use std::fmt::Debug;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use blockfilter::block::{Errno, Extent};
@@ -15,7 +15,7 @@ use blockfilter::control::{Client, Positions, Reply, Request, unexpected};
 use blockfilter::engine::Clock;
 use blockfilter::journal::reader::{JournalReader, ReadError};
 use blockfilter::names::Lsn;
-use blockfilter::nbd::client::{Client as NbdClient, ClientConfig};
+use blockfilter::nbd::client::{Answer, Client as NbdClient, ClientConfig, Op};
 use blockfilter::nbd::listen::Address;
 
 use crate::epoch::Batch;
@@ -48,10 +48,22 @@ pub trait Journal: Send {
     -> Result<(Vec<Batch>, Lsn), ReadError>;
 }
 
+/// Bytes of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskRange {
+    /// Index of the disk.
+    pub disk: usize,
+    /// Where it begins.
+    pub offset: u64,
+    /// Bytes, at most 32 MiB.
+    pub len: u32,
+}
+
 /// The disks' content, newest acknowledged writes included.
 pub trait DiskSource: Send {
-    /// Fills `buf` from `offset` of the disk with index `disk`.
-    fn read(&mut self, disk: usize, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+    /// The bytes of a range. `next` will be read next, if nothing changes: it may be asked for
+    /// now, so that its content is no older than that of the other when this returns.
+    fn read(&mut self, range: DiskRange, next: Option<DiskRange>) -> io::Result<Vec<u8>>;
     /// Extents from `offset`, covering at least one and at most `len` bytes.
     fn extents(&mut self, disk: usize, offset: u64, len: u64) -> io::Result<Vec<Extent>>;
 }
@@ -87,21 +99,43 @@ impl Source for LocalSource {
             let config = ClientConfig::new(address, &self.config.export(&disk.disk));
             clients.push(NbdClient::connect(config, self.clock.clone()).map_err(io::Error::other)?);
         }
-        Ok(Box::new(LocalDisks(clients)))
+        Ok(Box::new(LocalDisks { clients, ahead: None }))
     }
 }
 
-struct LocalDisks(Vec<NbdClient>);
+struct LocalDisks {
+    clients: Vec<NbdClient>,
+    /// What was asked for before it is needed.
+    ahead: Option<(DiskRange, mpsc::Receiver<Result<Answer, Errno>>)>,
+}
 
 impl LocalDisks {
     fn disk(&self, disk: usize) -> io::Result<&NbdClient> {
-        self.0.get(disk).ok_or_else(|| io::Error::other("no such disk"))
+        self.clients.get(disk).ok_or_else(|| io::Error::other("no such disk"))
+    }
+
+    fn ask(&self, range: DiskRange) -> io::Result<mpsc::Receiver<Result<Answer, Errno>>> {
+        let (sender, answer) = mpsc::sync_channel(1);
+        let op = Op::Read { offset: range.offset, len: range.len };
+        let done = Box::new(move |result| drop(sender.send(result)));
+        self.disk(range.disk)?.submit(op, done);
+        Ok(answer)
     }
 }
 
 impl DiskSource for LocalDisks {
-    fn read(&mut self, disk: usize, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.disk(disk)?.read(offset, buf).map_err(failed)
+    fn read(&mut self, range: DiskRange, next: Option<DiskRange>) -> io::Result<Vec<u8>> {
+        let answer = match self.ahead.take() {
+            Some((asked, answer)) if asked == range => answer,
+            _ => self.ask(range)?,
+        };
+        if let Some(next) = next {
+            self.ahead = Some((next, self.ask(next)?));
+        }
+        match answer.recv().unwrap_or(Err(Errno::Shutdown)).map_err(failed)? {
+            Answer::Data(data) if data.len() == range.len as usize => Ok(data),
+            _ => Err(failed(Errno::Io)),
+        }
     }
 
     fn extents(&mut self, disk: usize, offset: u64, len: u64) -> io::Result<Vec<Extent>> {

@@ -10,7 +10,7 @@
 //! [`Channel::pump`] and what is built on it.
 
 use std::collections::VecDeque;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -103,10 +103,9 @@ pub struct Channel {
     tls: Connection,
     clock: Arc<dyn Clock>,
     chunk: Vec<u8>,
-    /// The frame that is being received: `filled` bytes of it are there, and
-    /// its length is the header's, or the frame's once `head_done`.
+    /// What came of a frame, and how long it is to be: the header, or the frame once `head_done`.
     partial: Vec<u8>,
-    filled: usize,
+    partial_len: usize,
     head_done: bool,
     frames: VecDeque<FrameBuf>,
     frames_bytes: usize,
@@ -187,8 +186,8 @@ impl Channel {
             tls,
             clock,
             chunk: vec![0; READ_CHUNK],
-            partial: vec![0; size_of::<FrameHdr>()],
-            filled: 0,
+            partial: Vec::new(),
+            partial_len: size_of::<FrameHdr>(),
             head_done: false,
             frames: VecDeque::new(),
             frames_bytes: 0,
@@ -419,13 +418,20 @@ impl Channel {
     /// Moves decrypted bytes into frames.
     fn collect(&mut self) -> Result<(), ChannelError> {
         loop {
-            if self.filled < self.partial.len() {
-                match self.tls.reader().read(&mut self.partial[self.filled..]) {
-                    Ok(0) => return Ok(()),
-                    Ok(got) => self.filled += got,
+            let missing = self.partial_len - self.partial.len();
+            if missing > 0 {
+                let mut reader = self.tls.reader();
+                let count = match reader.fill_buf() {
+                    Ok([]) => return Ok(()),
+                    Ok(bytes) => {
+                        let count = bytes.len().min(missing);
+                        self.partial.extend_from_slice(&bytes[..count]);
+                        count
+                    }
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                     Err(e) => return Err(e.into()),
-                }
+                };
+                reader.consume(count);
                 continue;
             }
             if !self.head_done
@@ -437,11 +443,12 @@ impl Channel {
                     return Err(FrameError::TooLarge { what: "frame", value, limit }.into());
                 }
                 self.head_done = true;
-                self.partial.resize(total, 0);
+                self.partial.reserve_exact(total - self.partial.len());
+                self.partial_len = total;
                 continue;
             }
-            let bytes = std::mem::replace(&mut self.partial, vec![0; size_of::<FrameHdr>()]);
-            self.filled = 0;
+            let bytes = std::mem::take(&mut self.partial);
+            self.partial_len = size_of::<FrameHdr>();
             self.head_done = false;
             let frame = FrameBuf::from_bytes(bytes)?;
             self.frames_bytes += frame.bytes.len();

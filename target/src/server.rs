@@ -216,16 +216,12 @@ impl Drop for Known<'_> {
 /// Who writes a group, and what is known of its source. In memory only.
 #[derive(Debug, Default)]
 struct GroupLink {
-    /// Held over every change of the group's store, and over a HELLO.
-    writer: Mutex<Writer>,
+    /// Held over every change of the group's store, and over a HELLO. What wakes the session
+    /// that may write.
+    writer: Mutex<Option<Arc<Waker>>>,
+    /// That session, 0: none. Changed only under the lock, and told without waiting for it.
+    session: AtomicU64,
     watch: Mutex<Watch>,
-}
-
-/// The session that may write; 0: none.
-#[derive(Debug, Default)]
-struct Writer {
-    session: u64,
-    wake: Option<Arc<Waker>>,
 }
 
 #[derive(Debug, Default)]
@@ -367,8 +363,8 @@ impl TargetHandle {
     pub fn disconnect(&self, group: &Name) {
         let link = self.shared.link(group);
         let mut writer = lock(&link.writer);
-        writer.session = 0;
-        if let Some(wake) = writer.wake.take() {
+        link.session.store(0, Ordering::SeqCst);
+        if let Some(wake) = writer.take() {
             wake.wake();
         }
     }
@@ -378,7 +374,7 @@ impl TargetHandle {
         self.shared.stop.store(true, Ordering::SeqCst);
         self.shared.wake.wake();
         for link in lock(&self.shared.groups).values() {
-            if let Some(wake) = &lock(&link.writer).wake {
+            if let Some(wake) = &*lock(&link.writer) {
                 wake.wake();
             }
         }

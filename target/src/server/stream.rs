@@ -10,7 +10,7 @@
 //! durable at least every 64 MiB or second.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, MutexGuard, TryLockError};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use crossbeam::channel::{Receiver as Frames, RecvTimeoutError, SendTimeoutError, Sender, bounded};
@@ -22,7 +22,7 @@ use replicator::transport::{Channel, ChannelError, Waker};
 use replicator::wire::Kind;
 
 use super::requests::{error, refuse};
-use super::{GroupLink, Shared, Writer, lock, seed_at};
+use super::{GroupLink, Shared, lock, seed_at};
 use crate::receiver::{Begin, ReceiveError, Receiver};
 use crate::store::{AppendError, GroupState, GroupStore};
 
@@ -141,8 +141,8 @@ fn take_over(
         // Answered with HelloAck; the older session of the right generation stays.
         return Ok(state);
     }
-    writer.session = id;
-    if let Some(older) = writer.wake.replace(wake.clone()) {
+    link.session.store(id, Ordering::SeqCst);
+    if let Some(older) = writer.replace(wake.clone()) {
         older.wake();
     }
     if hello.generation > state.generation {
@@ -249,17 +249,16 @@ impl Session<'_> {
     }
 
     /// The right to change the store, while this is the group's session.
-    fn writer(&self) -> Result<MutexGuard<'_, Writer>, StreamError> {
+    fn writer(&self) -> Result<MutexGuard<'_, impl Sized>, StreamError> {
         let writer = lock(&self.link.writer);
-        if writer.session == self.id { Ok(writer) } else { Err(StreamError::Replaced) }
+        self.check_replaced()?;
+        Ok(writer)
     }
 
-    /// As far as can be told without waiting for the keeper.
-    fn is_replaced(&self) -> bool {
-        match self.link.writer.try_lock() {
-            Ok(writer) => writer.session != self.id,
-            Err(TryLockError::Poisoned(writer)) => writer.into_inner().session != self.id,
-            Err(TryLockError::WouldBlock) => false,
+    fn check_replaced(&self) -> Result<(), StreamError> {
+        match self.link.session.load(Ordering::SeqCst) == self.id {
+            true => Ok(()),
+            false => Err(StreamError::Replaced),
         }
     }
 
@@ -289,8 +288,9 @@ impl Session<'_> {
 
     fn leave(&self) {
         let mut writer = lock(&self.link.writer);
-        if writer.session == self.id {
-            *writer = Writer::default();
+        if self.check_replaced().is_ok() {
+            self.link.session.store(0, Ordering::SeqCst);
+            *writer = None;
         }
     }
 }
@@ -306,9 +306,7 @@ impl Line<'_> {
         let over =
             || session.ended.load(Ordering::SeqCst) || session.shared.stop.load(Ordering::SeqCst);
         while !over() {
-            if session.is_replaced() {
-                return Err(StreamError::Replaced);
-            }
+            session.check_replaced()?;
             self.answer(channel)?;
             match channel.take() {
                 Some(frame) => self.hand_over(channel, &to_keeper, frame)?,
@@ -329,6 +327,11 @@ impl Line<'_> {
                 // If it ended it says why.
                 Ok(()) | Err(SendTimeoutError::Disconnected(_)) => return Ok(()),
                 Err(SendTimeoutError::Timeout(back)) => frame = back,
+            }
+            // What an answer before left to be sent. What came before an end is carried out.
+            match channel.pump(Duration::ZERO, None) {
+                Ok(()) | Err(ChannelError::Closed) => {}
+                Err(error) => return Err(error.into()),
             }
             self.answer(channel)?;
         }
@@ -383,7 +386,7 @@ impl Keeper<'_> {
                     self.sync_copies()?;
                 }
             }
-            Kind::Heartbeat => self.heartbeat(&frame.parse()?),
+            Kind::Heartbeat => self.heartbeat(&frame.parse()?)?,
             Kind::SeedBegin => self.seed_begin(&frame.parse()?)?,
             Kind::SeedEnd => {
                 let end: SeedEnd = frame.parse()?;
@@ -417,12 +420,14 @@ impl Keeper<'_> {
         Ok(())
     }
 
-    fn heartbeat(&mut self, beat: &Heartbeat) {
+    fn heartbeat(&mut self, beat: &Heartbeat) -> Result<(), StreamError> {
+        self.session.check_replaced()?;
         let mut watch = lock(&self.session.link.watch);
         watch.rpo.beat(beat, self.session.shared.clock.mono_us());
         watch.admitted = Some(beat.admitted);
         self.session.echo_us.store(beat.mono_us, Ordering::SeqCst);
         self.session.ack_is_due();
+        Ok(())
     }
 
     fn sync_copies_if_due(&mut self) -> Result<(), StreamError> {

@@ -10,7 +10,7 @@ use blockfilter::journal::format::{BATCH_FLUSH, BATCH_MARK, BatchHdr, RecDesc, R
 use blockfilter::journal::reader::ReadError;
 use blockfilter::names::Lsn;
 use replicator::epoch::Batch;
-use replicator::source::{Control, DiskSource, Journal, Source};
+use replicator::source::{Control, DiskRange, DiskSource, Journal, Source};
 use zerocopy::IntoBytes;
 
 #[derive(Debug)]
@@ -211,9 +211,9 @@ impl Journal for MemSource {
 }
 
 impl DiskSource for MemSource {
-    fn read(&mut self, disk: usize, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        buf.copy_from_slice(&self.lock().disks[disk][offset as usize..][..buf.len()]);
-        Ok(())
+    fn read(&mut self, range: DiskRange, _: Option<DiskRange>) -> io::Result<Vec<u8>> {
+        let bytes = &self.lock().disks[range.disk][range.offset as usize..];
+        Ok(bytes[..range.len as usize].to_vec())
     }
     fn extents(&mut self, _: usize, _: u64, len: u64) -> io::Result<Vec<Extent>> {
         Ok(vec![Extent { len, hole: false, zero: false }])

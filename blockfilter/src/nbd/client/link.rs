@@ -527,7 +527,9 @@ impl Part {
         let start =
             start.filter(|s| s.checked_add(u64::from(len)).is_some_and(|e| e <= whole.into()));
         let start = start.ok_or(Lost::Strange("data outside of what was asked for"))?;
-        self.data.resize(whole as usize, 0);
+        if self.data.is_empty() {
+            self.data = vec![0; whole as usize];
+        }
         self.filled += u64::from(len);
         Ok(start as usize..start as usize + len as usize)
     }
