@@ -146,6 +146,7 @@ impl FrameBuf {
         // The seed's large frames are one record each, summed just now.
         let plain = hdr.codec == CodecId::None as u8 && hdr.kind == Kind::Copy as u8;
         let only = only_record(descs, body.len()).filter(|_| plain).map(|desc| desc.crc.get());
+        debug_assert!(only.is_none_or(|crc| crc == crc32c::crc32c(body)));
         hdr.body_crc = only.unwrap_or_else(|| crc32c::crc32c(body)).into();
         hdr.hdr_crc = 0.into();
         hdr.hdr_crc = hdr.crc().into();

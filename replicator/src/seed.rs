@@ -350,12 +350,16 @@ mod tests {
             Ok(self.0[range.disk][range.offset as usize..][..range.len as usize].to_vec())
         }
         fn extents(&mut self, disk: usize, offset: u64, len: u64) -> io::Result<Vec<Extent>> {
-            let rest = &self.0[disk][offset as usize..];
-            let zero = rest.iter().take_while(|b| **b == 0).count() as u64 / 4096 * 4096;
-            let data = rest.iter().take_while(|b| **b != 0).count() as u64;
-            let first =
-                Extent { len: zero.max(data).max(1).min(len), hole: zero > 0, zero: zero > 0 };
-            Ok(vec![first])
+            let mut rest = &self.0[disk][offset as usize..][..len as usize];
+            let mut extents = Vec::new();
+            while !rest.is_empty() {
+                let zeroes = rest.iter().take_while(|b| **b == 0).count() / 4096 * 4096;
+                let data = rest.iter().take_while(|b| **b != 0).count();
+                let (len, zero) = (zeroes.max(data).max(1), zeroes > 0);
+                extents.push(Extent { len: len as u64, hole: zero, zero });
+                rest = &rest[len..];
+            }
+            Ok(extents)
         }
     }
 

@@ -61,8 +61,8 @@ pub struct DiskRange {
 
 /// The disks' content, newest acknowledged writes included.
 pub trait DiskSource: Send {
-    /// The bytes of a range. `next` will be read next, if nothing changes: it may be asked for
-    /// now, so that its content is no older than that of the other when this returns.
+    /// The bytes of a range. `next` will be read next, if nothing changes: it may be read now, so
+    /// what a call returns is as old as the call before it.
     fn read(&mut self, range: DiskRange, next: Option<DiskRange>) -> io::Result<Vec<u8>>;
     /// Extents from `offset`, covering at least one and at most `len` bytes.
     fn extents(&mut self, disk: usize, offset: u64, len: u64) -> io::Result<Vec<Extent>>;

@@ -72,6 +72,8 @@ impl Drop for Runs<'_> {
 struct Line<'a> {
     session: &'a Session<'a>,
     acked_us: u64,
+    /// The keeper had no place for it yet.
+    held: Option<FrameBuf>,
 }
 
 /// The thread that changes the store.
@@ -242,7 +244,8 @@ impl Session<'_> {
                 Keeper { session: self, receiver, unsynced: 0, synced_us }.run(&frames)
             });
             let keeper = keeper.map_err(ChannelError::Io)?;
-            let carried = Line { session: self, acked_us: 0 }.run(channel, to_keeper);
+            let mut line = Line { session: self, acked_us: 0, held: None };
+            let carried = line.run(channel, to_keeper);
             let kept = keeper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             kept.and(carried)
         })
@@ -302,39 +305,46 @@ impl Line<'_> {
         channel: &mut Channel,
         to_keeper: Sender<FrameBuf>,
     ) -> Result<(), StreamError> {
+        let carried = self.carry(channel, &to_keeper);
+        // What came before the line broke is carried out, however long a disk hangs: the source
+        // may be gone for good.
+        while let Some(frame) = self.held.take().or_else(|| channel.take()) {
+            if to_keeper.send(frame).is_err() {
+                break;
+            }
+        }
+        carried
+    }
+
+    fn carry(
+        &mut self,
+        channel: &mut Channel,
+        to_keeper: &Sender<FrameBuf>,
+    ) -> Result<(), StreamError> {
         let session = self.session;
         let over =
             || session.ended.load(Ordering::SeqCst) || session.shared.stop.load(Ordering::SeqCst);
         while !over() {
             session.check_replaced()?;
             self.answer(channel)?;
-            match channel.take() {
-                Some(frame) => self.hand_over(channel, &to_keeper, frame)?,
-                None => channel.pump(PUMP, Some(session.wake))?,
+            let Some(frame) = self.held.take().or_else(|| channel.take()) else {
+                channel.pump(PUMP, Some(session.wake))?;
+                continue;
+            };
+            match to_keeper.send_timeout(frame, PUMP) {
+                // If it ended it says why.
+                Ok(()) | Err(SendTimeoutError::Disconnected(_)) => {}
+                Err(SendTimeoutError::Timeout(frame)) => {
+                    self.held = Some(frame);
+                    // What an answer before left to be sent.
+                    match channel.pump(Duration::ZERO, None) {
+                        Ok(()) | Err(ChannelError::Closed) => {}
+                        Err(error) => return Err(error.into()),
+                    }
+                }
             }
         }
         Ok(())
-    }
-
-    fn hand_over(
-        &mut self,
-        channel: &mut Channel,
-        to_keeper: &Sender<FrameBuf>,
-        mut frame: FrameBuf,
-    ) -> Result<(), StreamError> {
-        loop {
-            match to_keeper.send_timeout(frame, PUMP) {
-                // If it ended it says why.
-                Ok(()) | Err(SendTimeoutError::Disconnected(_)) => return Ok(()),
-                Err(SendTimeoutError::Timeout(back)) => frame = back,
-            }
-            // What an answer before left to be sent. What came before an end is carried out.
-            match channel.pump(Duration::ZERO, None) {
-                Ok(()) | Err(ChannelError::Closed) => {}
-                Err(error) => return Err(error.into()),
-            }
-            self.answer(channel)?;
-        }
     }
 
     /// Acknowledges what changed. Also when nothing did: over a slow line heartbeats wait behind
@@ -421,8 +431,8 @@ impl Keeper<'_> {
     }
 
     fn heartbeat(&mut self, beat: &Heartbeat) -> Result<(), StreamError> {
-        self.session.check_replaced()?;
         let mut watch = lock(&self.session.link.watch);
+        self.session.check_replaced()?;
         watch.rpo.beat(beat, self.session.shared.clock.mono_us());
         watch.admitted = Some(beat.admitted);
         self.session.echo_us.store(beat.mono_us, Ordering::SeqCst);
