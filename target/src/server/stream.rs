@@ -306,9 +306,11 @@ impl Line<'_> {
         to_keeper: Sender<FrameBuf>,
     ) -> Result<(), StreamError> {
         let carried = self.carry(channel, &to_keeper);
-        // What came before the line broke is carried out, however long a disk hangs: the source
-        // may be gone for good.
-        while let Some(frame) = self.held.take().or_else(|| channel.take()) {
+        // What came before a line broke is carried out, however long a disk hangs: the source may
+        // be gone for good. If we stop, it sends again what was not acknowledged.
+        while carried.is_err()
+            && let Some(frame) = self.held.take().or_else(|| channel.take())
+        {
             if to_keeper.send(frame).is_err() {
                 break;
             }
@@ -410,7 +412,9 @@ impl Keeper<'_> {
                 let message: ErrorMessage = frame.parse()?;
                 tracing::warn!(code = ?message.code, message = %message.message, "the source gave up");
                 if message.code == ErrorCode::Diverged {
-                    lock(&self.session.link.watch).diverged = Some(message.message);
+                    let mut watch = lock(&self.session.link.watch);
+                    self.session.check_replaced()?;
+                    watch.diverged = Some(message.message);
                 }
                 return Err(StreamError::Bye);
             }
