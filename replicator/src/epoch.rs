@@ -18,7 +18,7 @@ use blockfilter::journal::format::{
 use blockfilter::names::Lsn;
 use zerocopy::FromBytes;
 
-use crate::frame::FrameBuf;
+use crate::frame::FrameParts;
 use crate::wire::{
     CodecId, FRAME_EPOCH_END, FRAME_MARK, FRAME_RAW_MAX, FRAME_RECS_MAX, FrameHdr, Kind,
 };
@@ -282,7 +282,7 @@ impl Epoch {
         group_id: u64,
         payload: usize,
         mut encode: impl FnMut(&[u8]) -> Result<Option<Vec<u8>>, E>,
-    ) -> Result<Option<FrameBuf>, E> {
+    ) -> Result<Option<FrameParts<Vec<u8>>>, E> {
         if self.done {
             return Ok(None);
         }
@@ -320,7 +320,7 @@ impl Epoch {
             raw_len: (raw.len() as u32).into(),
             ..Default::default()
         };
-        Ok(Some(FrameBuf::seal(hdr, &descs, packed.as_ref().unwrap_or(&raw))))
+        Ok(Some(FrameParts::seal(hdr, &descs, packed.unwrap_or(raw))))
     }
 
     /// Fills in the writer of an epoch that has only padding.

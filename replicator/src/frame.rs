@@ -27,6 +27,51 @@ pub struct FrameBuf {
     pub bytes: Vec<u8>,
 }
 
+/// A frame to send, its body where it already is.
+#[derive(Clone, Debug)]
+pub struct FrameParts<B> {
+    /// The header, decoded.
+    pub hdr: FrameHdr,
+    /// Header and descriptors, as sent.
+    pub head: Vec<u8>,
+    /// The body, as sent.
+    pub body: B,
+}
+
+impl<B: AsRef<[u8]>> FrameParts<B> {
+    /// Seals a frame: fills in magic, version, lengths and CRCs. `hdr` brings
+    /// kind, flags, codec, `raw_len`, positions; `body` is already encoded.
+    pub fn seal(mut hdr: FrameHdr, descs: &[RecDesc], body: B) -> Self {
+        let bytes = body.as_ref();
+        hdr.magic = FRAME_MAGIC.into();
+        hdr.version = WIRE_VERSION;
+        hdr.n_rec = (descs.len() as u32).into();
+        hdr.enc_len = (bytes.len() as u32).into();
+        hdr.desc_crc = crc32c::crc32c(descs.as_bytes()).into();
+        // The seed's large frames are one record each, summed just now.
+        let plain = hdr.codec == CodecId::None as u8 && hdr.kind == Kind::Copy as u8;
+        let only = only_record(descs, bytes.len()).filter(|_| plain).map(|desc| desc.crc.get());
+        debug_assert!(only.is_none_or(|crc| crc == crc32c::crc32c(bytes)));
+        hdr.body_crc = only.unwrap_or_else(|| crc32c::crc32c(bytes)).into();
+        hdr.hdr_crc = 0.into();
+        hdr.hdr_crc = hdr.crc().into();
+        let mut head = Vec::with_capacity(size_of::<FrameHdr>() + hdr.desc_len());
+        head.extend_from_slice(hdr.as_bytes());
+        head.extend_from_slice(descs.as_bytes());
+        Self { hdr, head, body }
+    }
+
+    /// Length of the whole frame in bytes.
+    pub fn total_len(&self) -> usize {
+        self.hdr.total_len()
+    }
+
+    /// The frame in one piece.
+    pub fn join(&self) -> FrameBuf {
+        FrameBuf { hdr: self.hdr, bytes: [&self.head, self.body.as_ref()].concat() }
+    }
+}
+
 /// Why a frame is refused. Every one of these ends the session.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
@@ -135,26 +180,9 @@ fn limit(what: &'static str, value: u32, limit: u32) -> Result<(), FrameError> {
 }
 
 impl FrameBuf {
-    /// Seals a frame: fills in magic, version, lengths and CRCs. `hdr` brings
-    /// kind, flags, codec, `raw_len`, positions; `body` is already encoded.
-    pub fn seal(mut hdr: FrameHdr, descs: &[RecDesc], body: &[u8]) -> Self {
-        hdr.magic = FRAME_MAGIC.into();
-        hdr.version = WIRE_VERSION;
-        hdr.n_rec = (descs.len() as u32).into();
-        hdr.enc_len = (body.len() as u32).into();
-        hdr.desc_crc = crc32c::crc32c(descs.as_bytes()).into();
-        // The seed's large frames are one record each, summed just now.
-        let plain = hdr.codec == CodecId::None as u8 && hdr.kind == Kind::Copy as u8;
-        let only = only_record(descs, body.len()).filter(|_| plain).map(|desc| desc.crc.get());
-        debug_assert!(only.is_none_or(|crc| crc == crc32c::crc32c(body)));
-        hdr.body_crc = only.unwrap_or_else(|| crc32c::crc32c(body)).into();
-        hdr.hdr_crc = 0.into();
-        hdr.hdr_crc = hdr.crc().into();
-        let mut bytes = Vec::with_capacity(hdr.total_len());
-        bytes.extend_from_slice(hdr.as_bytes());
-        bytes.extend_from_slice(descs.as_bytes());
-        bytes.extend_from_slice(body);
-        Self { hdr, bytes }
+    /// A frame in one piece; see [`FrameParts::seal`].
+    pub fn seal(hdr: FrameHdr, descs: &[RecDesc], body: &[u8]) -> Self {
+        FrameParts::seal(hdr, descs, body).join()
     }
 
     /// A message with a JSON body.

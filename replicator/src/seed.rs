@@ -20,7 +20,7 @@ use blockfilter::names::Lsn;
 use crossbeam::channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 
 use crate::epoch::is_zero;
-use crate::frame::FrameBuf;
+use crate::frame::FrameParts;
 use crate::source::{Control, DiskRange, DiskSource, Source};
 use crate::transport::Waker;
 use crate::wire::{CodecId, FrameHdr, Kind};
@@ -68,7 +68,12 @@ pub struct Step {
 
 impl Step {
     /// The step as a frame; `packed` is the payload compressed, if it was worth it.
-    pub fn frame(&self, plan: &SeedPlan, head: &CopyHead, packed: Option<&Vec<u8>>) -> FrameBuf {
+    pub fn frame(
+        self,
+        plan: &SeedPlan,
+        head: &CopyHead,
+        packed: Option<Vec<u8>>,
+    ) -> FrameParts<Vec<u8>> {
         let codec = if packed.is_some() { CodecId::Zstd } else { CodecId::None };
         let hdr = FrameHdr {
             kind: Kind::Copy as u8,
@@ -83,7 +88,7 @@ impl Step {
             cursor: self.cursor.1.into(),
             ..Default::default()
         };
-        FrameBuf::seal(hdr, &self.descs, packed.unwrap_or(&self.payload))
+        FrameParts::seal(hdr, &self.descs, packed.unwrap_or(self.payload))
     }
 }
 
@@ -335,6 +340,7 @@ const STEPS_AHEAD: usize = 4;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::frame::FrameBuf;
     use blockfilter::control::Positions;
 
     /// The disks, and the range that was said to be next.
@@ -462,7 +468,7 @@ mod tests {
         let plan = SeedPlan { s: Lsn(50), first: true, cursor: (0, 0), disks: vec![3 << 20] };
         let head = CopyHead { group_id: 1, generation: 1, incarnation: 1 };
         for step in walked(true, (0, 0), &disks) {
-            let frame = step.frame(&plan, &head, None);
+            let frame = step.frame(&plan, &head, None).join();
             assert_eq!(FrameBuf::from_bytes(frame.bytes.clone()).unwrap(), frame);
         }
     }

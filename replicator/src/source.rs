@@ -89,7 +89,7 @@ impl Source for LocalSource {
     }
 
     fn journal(&self) -> Result<Box<dyn Journal>, ReadError> {
-        Ok(Box::new(LocalJournal(JournalReader::open(&self.config)?)))
+        Ok(Box::new(LocalJournal { reader: JournalReader::open(&self.config)?, given: Vec::new() }))
     }
 
     fn disks(&self) -> io::Result<Box<dyn DiskSource>> {
@@ -166,7 +166,20 @@ impl Control for LocalControl {
     }
 }
 
-struct LocalJournal(JournalReader);
+struct LocalJournal {
+    reader: JournalReader,
+    /// What was handed out, the newest last: used again once nobody holds it, because new
+    /// memory of this size costs as much as the reading.
+    given: Vec<Arc<Vec<u8>>>,
+}
+
+impl LocalJournal {
+    fn buffer(&mut self) -> Vec<u8> {
+        let free = self.given.iter_mut().position(|data| Arc::get_mut(data).is_some());
+        let free = free.and_then(|at| Arc::into_inner(self.given.remove(at)));
+        free.unwrap_or_default()
+    }
+}
 
 impl Journal for LocalJournal {
     fn read(
@@ -175,9 +188,12 @@ impl Journal for LocalJournal {
         durable: Lsn,
         max: usize,
     ) -> Result<(Vec<Batch>, Lsn), ReadError> {
-        let mut data = Vec::new();
-        let (batches, next) = self.0.read(from, durable, max, &mut data)?;
+        let mut data = self.buffer();
+        let (batches, next) = self.reader.read(from, durable, max, &mut data)?;
         let data = Arc::new(data);
+        if self.given.len() < GIVEN_MAX && data.capacity() <= GIVEN_BYTES {
+            self.given.push(data.clone());
+        }
         let batches = batches
             .into_iter()
             .map(|b| Batch { hdr: b.hdr, data: data.clone(), bytes: b.bytes })
@@ -186,4 +202,7 @@ impl Journal for LocalJournal {
     }
 }
 
+/// Buffers kept for the next reads, and how large, in bytes.
+const GIVEN_MAX: usize = 8;
+const GIVEN_BYTES: usize = 8 << 20;
 const ANSWER: Duration = Duration::from_secs(10);

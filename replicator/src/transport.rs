@@ -10,7 +10,7 @@
 //! [`Channel::pump`] and what is built on it.
 
 use std::collections::VecDeque;
-use std::io::{self, BufRead, Read, Write};
+use std::io::{self, BufRead, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use blockfilter::engine::Clock;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
 
-use crate::frame::{FrameBuf, FrameError, check_header};
+use crate::frame::{FrameBuf, FrameError, FrameParts, check_header};
 use crate::identity::{IdentityError, Peer, peer_of, server_name};
 use crate::wire::{FRAME_RAW_MAX, FRAME_RECS_MAX, FrameHdr};
 
@@ -249,6 +249,23 @@ impl Channel {
     /// send much wait until [`Channel::output_pending`] is false first.
     pub fn send(&mut self, frame: &FrameBuf) -> Result<(), ChannelError> {
         self.tls.writer().write_all(&frame.bytes)?;
+        self.write_some()
+    }
+
+    /// As [`Channel::send`], of a frame in parts.
+    pub fn send_parts<B: AsRef<[u8]>>(
+        &mut self,
+        frame: &FrameParts<B>,
+    ) -> Result<(), ChannelError> {
+        let mut parts = [IoSlice::new(&frame.head), IoSlice::new(frame.body.as_ref())];
+        let mut left = parts.as_mut_slice();
+        while left.iter().any(|part| !part.is_empty()) {
+            let taken = self.tls.writer().write_vectored(left)?;
+            if taken == 0 {
+                return Err(io::Error::from(io::ErrorKind::WriteZero).into());
+            }
+            IoSlice::advance_slices(&mut left, taken);
+        }
         self.write_some()
     }
 

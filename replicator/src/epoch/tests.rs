@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use zerocopy::IntoBytes;
 
 use super::*;
+use crate::frame::FrameBuf;
 
 const SECTORS: usize = 24;
 const CHUNK: u64 = 64 << 20;
@@ -106,7 +107,7 @@ fn frames(epoch: &mut Epoch, payload: usize) -> Vec<FrameBuf> {
         })
         .unwrap()
     {
-        frames.push(FrameBuf::from_bytes(frame.bytes).unwrap());
+        frames.push(FrameBuf::from_bytes(frame.join().bytes).unwrap());
     }
     frames
 }

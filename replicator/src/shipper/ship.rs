@@ -390,9 +390,9 @@ impl Session<'_> {
             self.epoch = None;
             return Ok(false);
         };
-        self.channel.send(&frame)?;
-        self.epoch_bytes += frame.bytes.len() as u64;
-        self.window_bytes += frame.bytes.len() as u64;
+        self.channel.send_parts(&frame)?;
+        self.epoch_bytes += frame.total_len() as u64;
+        self.window_bytes += frame.total_len() as u64;
         if frame.hdr.is_epoch_end() {
             self.shipped = epoch.to;
             self.window.push_back((epoch.to, self.epoch_bytes));
@@ -433,16 +433,17 @@ impl Session<'_> {
         let packed = self.encoder.encode(level, &step.payload).map_err(SessionError::Codec)?;
         let cpu_us = self.shipper.clock.mono_us().saturating_sub(began);
         let size = packed.as_ref().map_or(step.payload.len(), Vec::len);
+        let raw_len = step.payload.len() as u64;
         self.codec.encoded(level, step.payload.len(), size, cpu_us);
-        self.channel.send(&step.frame(&seeding.plan, &head, packed.as_ref()))?;
         let done = seeding.plan.done(step.cursor);
-        seeding.meter.add(done.saturating_sub(seeding.done), now);
-        seeding.done = done;
-        seeding.sent_bytes += step.payload.len() as u64;
         if step.last {
             seeding.end = Some(step.h);
         }
-        self.count(step.payload.len() as u64);
+        self.channel.send_parts(&step.frame(&seeding.plan, &head, packed))?;
+        seeding.meter.add(done.saturating_sub(seeding.done), now);
+        seeding.done = done;
+        seeding.sent_bytes += raw_len;
+        self.count(raw_len);
         Ok(true)
     }
 
