@@ -262,6 +262,21 @@ fn a_store_of_a_newer_version_is_refused_and_left_alone() {
     assert!(versioned.exists(), "nothing was deleted");
 }
 
+#[test]
+fn what_moves_frames_has_its_settings_of_the_c_library_and_its_name() {
+    let site = Site::start("settings");
+    let disk = image(&site, "d.img", MIB);
+    site.protect("g", &[("d", Path::new(&disk))], &["--journal-size", "64MiB"]);
+    site.wait_protected("g");
+    let replicator = site.wait_pid("replicator", "g", None);
+    for pid in [replicator, site.target.as_ref().unwrap().pid()] {
+        let read = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
+        let set = read("environ").split('\0').any(|v| v.starts_with("GLIBC_TUNABLES=glibc.malloc"));
+        assert_eq!(set, cfg!(target_env = "gnu"));
+        assert_eq!(read("comm").trim(), "standfast");
+    }
+}
+
 /// Makes the current manifest say that a later version wrote it.
 fn newer_manifest(group: &Path) -> std::path::PathBuf {
     let name = std::fs::read_to_string(group.join("CURRENT")).unwrap();
