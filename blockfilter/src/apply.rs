@@ -31,6 +31,16 @@ pub enum ApplyOp {
     },
 }
 
+impl ApplyOp {
+    /// Bytes to copy to the disk.
+    pub fn written(&self) -> u64 {
+        match self {
+            Self::Write { parts, .. } => parts.iter().map(|(_, len)| len).sum(),
+            Self::Zero { .. } => 0,
+        }
+    }
+}
+
 /// A sealed batch that is still in the arena. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct SealedBatch {

@@ -16,7 +16,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockfilter::engine::Clock;
+use blockfilter::engine::{Clock, TURN_BYTES, make_way};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
 
@@ -185,7 +185,7 @@ impl Channel {
             socket,
             tls,
             clock,
-            chunk: vec![0; READ_CHUNK],
+            chunk: vec![0; TURN_BYTES],
             partial: Vec::new(),
             partial_len: size_of::<FrameHdr>(),
             head_done: false,
@@ -400,6 +400,7 @@ impl Channel {
                     self.heard_us = self.clock.mono_us();
                     self.counters.received_bytes += n as u64;
                     self.decrypt(&chunk[..n])?;
+                    make_way();
                     if n < chunk.len() {
                         break;
                     }
@@ -480,7 +481,6 @@ pub const SILENCE_MAX: Duration = Duration::from_secs(15);
 pub const STRANGER_FRAME_MAX: usize = 64 << 10;
 /// Input that was not taken; beyond it the socket is not read.
 const QUEUE_MAX: usize = 8 << 20;
-const READ_CHUNK: usize = 256 << 10;
 const FRAME_MAX: usize = size_of::<FrameHdr>()
     + FRAME_RECS_MAX as usize * size_of::<blockfilter::journal::format::RecDesc>()
     + FRAME_RAW_MAX as usize;

@@ -18,7 +18,7 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use rustix::event::{EventfdFlags, eventfd};
 use zerocopy::IntoBytes;
 
-use super::{File, Files};
+use super::{File, Files, TURN_BYTES, make_way};
 use crate::apply::{ApplyOp, SealedBatch, plan};
 use crate::arena::{Arena, Word};
 use crate::block::Extent;
@@ -211,10 +211,23 @@ impl Target {
         for (index, ops) in disks {
             let writes = &self.writes[usize::from(*index)];
             writes.mark();
-            let done = ops.iter().try_for_each(|op| self.apply_one(*index, op));
+            let done = self.apply_all(*index, ops);
             // Again: a sync that ran meanwhile took the mark, and may have missed the rest (I6).
             writes.mark();
             done.map_err(|e| (*index, e))?;
+        }
+        Ok(())
+    }
+
+    fn apply_all(&self, index: u8, ops: &[ApplyOp]) -> io::Result<()> {
+        let mut moved = 0;
+        for op in ops {
+            self.apply_one(index, op)?;
+            moved += APPLY_COST + op.written();
+            if moved >= TURN_BYTES as u64 {
+                moved = 0;
+                make_way();
+            }
         }
         Ok(())
     }
@@ -492,6 +505,9 @@ fn reset(event: &OwnedFd) {
     let mut count = [0; 8];
     let _ = rustix::io::read(event, &mut count);
 }
+
+/// What an operation of the write-back costs beside its bytes, as bytes.
+const APPLY_COST: u64 = 16 << 10;
 
 #[cfg(test)]
 mod tests {

@@ -22,7 +22,7 @@ use super::open::{OpenError, read_chunks, read_super};
 use crate::arena::{ARENA_MAGIC, ArenaHdr, RING_AT, Word};
 use crate::config::GroupConfig;
 use crate::engine::real::RealFiles;
-use crate::engine::{File, Files, Open};
+use crate::engine::{File, Files, Open, TURN_BYTES, make_way};
 use crate::names::Lsn;
 
 /// A reader of one group's journal.
@@ -156,7 +156,12 @@ impl JournalReader {
             Ok(u64::from_le_bytes(word))
         };
         let mut read = |at: u64, buf: &mut [u8]| {
-            arena.read_exact_at(RING_AT + at % self.arena_bytes, buf)?;
+            let mut from = RING_AT + at % self.arena_bytes;
+            for part in buf.chunks_mut(TURN_BYTES) {
+                arena.read_exact_at(from, part)?;
+                from += part.len() as u64;
+                make_way();
+            }
             Ok(floor(arena.as_ref())? <= at)
         };
         let found = collect(self.geometry, self.id, at, want, out, &mut read);

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use blockfilter::control::{Mode, Positions};
+use blockfilter::engine::make_way;
 use blockfilter::journal::reader::ReadError;
 use blockfilter::names::Lsn;
 
@@ -248,6 +249,7 @@ impl Session<'_> {
             let now = self.now();
             self.heartbeat(&known, now)?;
             self.read_journal(&known, now)?;
+            make_way();
             let sent = !self.channel.output_pending() && self.send_one(&known, now)?;
             let counters = self.channel.counters();
             self.codec.observe(counters.sent_bytes, counters.blocked_us, now);
@@ -346,6 +348,7 @@ impl Session<'_> {
             }
             let (batches, next) = self.journal.read(from, durable, READ_BYTES)?;
             self.builder.push(batches, next, now)?;
+            make_way();
         }
         if self.epoch.is_none() && self.window_bytes < WINDOW_BYTES {
             let caught_up = self.builder.reached() >= durable;

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
+use blockfilter::engine::make_way;
 use crossbeam::channel::{Receiver as Frames, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 use replicator::frame::{FrameBuf, FrameError};
 use replicator::session::{
@@ -370,7 +371,10 @@ impl Keeper<'_> {
     fn run(&mut self, frames: &Frames<FrameBuf>) -> Result<(), StreamError> {
         loop {
             match frames.recv_timeout(PUMP) {
-                Ok(frame) => self.take(frame)?,
+                Ok(frame) => {
+                    self.take(frame)?;
+                    make_way();
+                }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return self.sync_copies(),
             }
