@@ -34,7 +34,7 @@ pub(crate) struct Site {
     agent: Option<Proc>,
     /// The disk's NBD URI.
     pub(crate) uri: String,
-    /// From the start of `protect` until the group was protected.
+    /// From the start of `protect` until the target could serve all of it.
     pub(crate) seed_seconds: f64,
     /// The part of it until `protect` returned: among other things it makes the journal.
     pub(crate) protect_seconds: f64,
@@ -74,10 +74,14 @@ impl Site {
         let answer = self.agent_command(&arguments)?;
         self.protect_seconds = sys::seconds_since(start);
         self.uri = answer["disks"][0]["uri"].as_str().context("no URI")?.to_owned();
+        // One process that waits: asking for the status starts one every 10 ms, which takes from
+        // the copy what the peers keep.
+        let limit = format!("{}s", LONG.as_secs());
+        self.agent_command(&["sync", GROUP, "--timeout", &limit])?;
+        self.seed_seconds = sys::seconds_since(start);
         wait_for("the group to be protected", LONG, || {
             Ok((self.group()?["state"] == "protected").then_some(()))
         })?;
-        self.seed_seconds = sys::seconds_since(start);
         Ok(())
     }
 
