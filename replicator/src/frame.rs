@@ -28,7 +28,7 @@ pub struct FrameBuf {
 }
 
 /// A frame to send, its body where it already is.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct FrameParts<B> {
     /// The header, decoded.
     pub hdr: FrameHdr,

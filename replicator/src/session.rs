@@ -393,6 +393,15 @@ pub fn group_id(uuid: &Uuid) -> u64 {
     uuid.as_u64_pair().0
 }
 
+/// Whether the copy keeps up, so that it may give way to clients: the age of the
+/// newest recoverable state, in microseconds, says so; none says that it does not.
+pub fn keeps_up(rpo_us: Option<u64>) -> bool {
+    rpo_us.is_some_and(|us| us < BEHIND_US)
+}
+
+/// A healthy copy is two to three epochs behind.
+const BEHIND_US: u64 = 300_000;
+
 /// Longest time between two heartbeats, microseconds.
 pub const HEARTBEAT_US: u64 = 100_000;
 
@@ -415,6 +424,13 @@ mod tests {
     fn target(want: Want, incarnation: u64, last: u64) -> HelloAck {
         let consistent = (want != Want::Seed).then_some(Lsn(last));
         HelloAck { want, generation: 1, incarnation, last: Lsn(last), consistent, seed: None }
+    }
+
+    #[test]
+    fn a_copy_without_a_recoverable_state_does_not_keep_up() {
+        assert!(keeps_up(Some(BEHIND_US - 1)));
+        assert!(!keeps_up(Some(BEHIND_US)));
+        assert!(!keeps_up(None));
     }
 
     #[test]

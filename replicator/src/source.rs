@@ -175,7 +175,7 @@ struct LocalJournal {
 
 impl LocalJournal {
     fn buffer(&mut self) -> Vec<u8> {
-        let free = self.given.iter_mut().position(|data| Arc::get_mut(data).is_some());
+        let free = self.given.iter().position(|data| Arc::strong_count(data) == 1);
         let free = free.and_then(|at| Arc::into_inner(self.given.remove(at)));
         free.unwrap_or_default()
     }

@@ -10,13 +10,13 @@
 //! [`Channel::pump`] and what is built on it.
 
 use std::collections::VecDeque;
-use std::io::{self, BufRead, IoSlice, Read, Write};
+use std::io::{self, BufRead, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockfilter::engine::{Clock, TURN_BYTES, make_way};
+use blockfilter::engine::{Clock, TURN_BYTES, give_way};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
 
@@ -112,6 +112,7 @@ pub struct Channel {
     frame_max: usize,
     heard_us: u64,
     closed: bool,
+    patient: bool,
     counters: Counters,
 }
 
@@ -194,6 +195,7 @@ impl Channel {
             frame_max,
             heard_us,
             closed: false,
+            patient: false,
             counters: Counters::default(),
         };
         channel.handshake(timeout)?;
@@ -240,6 +242,11 @@ impl Channel {
         self.frame_max = FRAME_MAX;
     }
 
+    /// Whether large frames give way to others on this machine (see [`give_way`]). Not at first.
+    pub fn set_patient(&mut self, patient: bool) {
+        self.patient = patient;
+    }
+
     /// What went over it so far.
     pub fn counters(&self) -> Counters {
         self.counters
@@ -257,14 +264,11 @@ impl Channel {
         &mut self,
         frame: &FrameParts<B>,
     ) -> Result<(), ChannelError> {
-        let mut parts = [IoSlice::new(&frame.head), IoSlice::new(frame.body.as_ref())];
-        let mut left = parts.as_mut_slice();
-        while left.iter().any(|part| !part.is_empty()) {
-            let taken = self.tls.writer().write_vectored(left)?;
-            if taken == 0 {
-                return Err(io::Error::from(io::ErrorKind::WriteZero).into());
-            }
-            IoSlice::advance_slices(&mut left, taken);
+        let mut writer = self.tls.writer();
+        writer.write_all(&frame.head)?;
+        writer.write_all(frame.body.as_ref())?;
+        if self.patient && frame.total_len() >= TURN_BYTES {
+            give_way();
         }
         self.write_some()
     }
@@ -400,9 +404,11 @@ impl Channel {
                     self.heard_us = self.clock.mono_us();
                     self.counters.received_bytes += n as u64;
                     self.decrypt(&chunk[..n])?;
-                    make_way();
                     if n < chunk.len() {
                         break;
+                    }
+                    if self.patient {
+                        give_way();
                     }
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,

@@ -89,6 +89,8 @@ impl Site {
     fn daemon(&self, arguments: &[&str], dir: &Path, log: &str) -> Daemon {
         let mut command = Command::new(standfast());
         command.args(arguments).arg("--dir").arg(dir).arg("--json");
+        // Theirs would be taken instead of the program's own.
+        command.env_remove("GLIBC_TUNABLES").env_remove("STANDFAST_TUNED");
         Daemon::start(command, &self.path(log))
     }
 

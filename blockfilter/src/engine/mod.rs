@@ -21,13 +21,15 @@ pub mod real;
 pub mod record;
 pub mod uring;
 
-/// Bytes that bulk work moves at most before it calls [`make_way`]: some 50 to 100 µs.
+/// Bytes that bulk work moves, or one larger piece, before it calls [`give_way`]: some 50 to 100 µs.
 pub const TURN_BYTES: usize = 256 << 10;
 
-/// Lets others have the processor. For all bulk work on a machine with clients: Linux leaves a
-/// thread that computes alone until its slice is used up, which is looked at every tick
-/// (4 ms at 250 Hz), and a client that wakes up meanwhile waits.
-pub fn make_way() {
+/// Lets others have the processor, and gives up what is left of the slice. For bulk work on a
+/// machine with clients, as long as it keeps up: Linux leaves a thread that computes alone until
+/// its slice is used up, which is looked at every tick (4 ms at 250 Hz), and a client
+/// that wakes up meanwhile waits. Beside others that compute all the time it gets much less than its
+/// share (since Linux 6.18), so work that is behind must not call it.
+pub fn give_way() {
     std::thread::yield_now();
 }
 

@@ -18,7 +18,7 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use rustix::event::{EventfdFlags, eventfd};
 use zerocopy::IntoBytes;
 
-use super::{File, Files, TURN_BYTES, make_way};
+use super::{File, Files, TURN_BYTES, give_way};
 use crate::apply::{ApplyOp, SealedBatch, plan};
 use crate::arena::{Arena, Word};
 use crate::block::Extent;
@@ -226,7 +226,10 @@ impl Target {
             moved += APPLY_COST + op.written();
             if moved >= TURN_BYTES as u64 {
                 moved = 0;
-                make_way();
+                // Else clients will wait for room.
+                if self.arena.room() > self.arena.size() / 2 {
+                    give_way();
+                }
             }
         }
         Ok(())

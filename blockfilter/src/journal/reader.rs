@@ -22,7 +22,7 @@ use super::open::{OpenError, read_chunks, read_super};
 use crate::arena::{ARENA_MAGIC, ArenaHdr, RING_AT, Word};
 use crate::config::GroupConfig;
 use crate::engine::real::RealFiles;
-use crate::engine::{File, Files, Open, TURN_BYTES, make_way};
+use crate::engine::{File, Files, Open};
 use crate::names::Lsn;
 
 /// A reader of one group's journal.
@@ -107,7 +107,7 @@ impl JournalReader {
 
     /// Reads whole batches from position `from` (a batch's start, or a chunk's
     /// start) up to at most `durable`, at most about `max` bytes but at least one
-    /// batch, into `out` (cleared first). PAD batches are skipped. Returns the
+    /// batch, into `out` (its content is replaced). PAD batches are skipped. Returns the
     /// batches in order and the position behind the last one (behind any pad).
     /// Headers and payload CRCs are checked.
     pub fn read(
@@ -156,12 +156,7 @@ impl JournalReader {
             Ok(u64::from_le_bytes(word))
         };
         let mut read = |at: u64, buf: &mut [u8]| {
-            let mut from = RING_AT + at % self.arena_bytes;
-            for part in buf.chunks_mut(TURN_BYTES) {
-                arena.read_exact_at(from, part)?;
-                from += part.len() as u64;
-                make_way();
-            }
+            arena.read_exact_at(RING_AT + at % self.arena_bytes, buf)?;
             Ok(floor(arena.as_ref())? <= at)
         };
         let found = collect(self.geometry, self.id, at, want, out, &mut read);

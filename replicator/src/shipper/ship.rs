@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use blockfilter::control::{Mode, Positions};
-use blockfilter::engine::make_way;
 use blockfilter::journal::reader::ReadError;
 use blockfilter::names::Lsn;
 
@@ -22,7 +21,7 @@ use crate::pace::Meter;
 use crate::seed::{Copier, CopyHead, SeedPlan, Step};
 use crate::session::{
     Ack, DiskInfo, Echo, ErrorMessage, HEARTBEAT_US, Heartbeat, Hello, HelloAck, SeedBegin,
-    SeedEnd, Start, decide, group_id, held, is_seed_over, is_whole, seed_again,
+    SeedEnd, Start, decide, group_id, held, is_seed_over, is_whole, keeps_up, seed_again,
 };
 use crate::source::{Control, Journal};
 use crate::status::{SeedProgress, State};
@@ -249,7 +248,6 @@ impl Session<'_> {
             let now = self.now();
             self.heartbeat(&known, now)?;
             self.read_journal(&known, now)?;
-            make_way();
             let sent = !self.channel.output_pending() && self.send_one(&known, now)?;
             let counters = self.channel.counters();
             self.codec.observe(counters.sent_bytes, counters.blocked_us, now);
@@ -297,6 +295,7 @@ impl Session<'_> {
         if let Some(echo) = ack.echo_us {
             self.rtt_us = now.saturating_sub(echo);
         }
+        self.channel.set_patient(keeps_up(ack.rpo_us));
         self.ack_us = ack.mono_us.map(|theirs| (theirs, now));
         // An Ack from before a SeedBegin that is on its way says an older position.
         if ack.durable > self.target_durable && ack.durable <= self.shipped {
@@ -348,7 +347,6 @@ impl Session<'_> {
             }
             let (batches, next) = self.journal.read(from, durable, READ_BYTES)?;
             self.builder.push(batches, next, now)?;
-            make_way();
         }
         if self.epoch.is_none() && self.window_bytes < WINDOW_BYTES {
             let caught_up = self.builder.reached() >= durable;

@@ -13,11 +13,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
-use blockfilter::engine::make_way;
+use blockfilter::engine::{TURN_BYTES, give_way};
 use crossbeam::channel::{Receiver as Frames, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 use replicator::frame::{FrameBuf, FrameError};
 use replicator::session::{
     Ack, ErrorCode, ErrorMessage, Heartbeat, Hello, HelloAck, SeedBegin, SeedEnd, Want, group_id,
+    keeps_up,
 };
 use replicator::transport::{Channel, ChannelError, Waker};
 use replicator::wire::Kind;
@@ -55,6 +56,8 @@ struct Session<'a> {
     ack_due: AtomicBool,
     /// The source's clock in its last heartbeat; 0: none came.
     echo_us: AtomicU64,
+    /// See [`keeps_up`].
+    patient: AtomicBool,
     /// The keeper ended.
     ended: AtomicBool,
 }
@@ -189,6 +192,7 @@ fn session(
         wake,
         ack_due: true.into(),
         echo_us: 0.into(),
+        patient: false.into(),
         ended: false.into(),
     };
     let ended = session.run(channel, receiver);
@@ -277,6 +281,7 @@ impl Session<'_> {
         let state = self.store.state();
         let now = self.shared.clock.mono_us();
         let rpo_us = lock(&self.link.watch).rpo.rpo_us(state.last_consistent, now);
+        self.patient.store(keeps_up(rpo_us), Ordering::Relaxed);
         let ack = Ack {
             durable: state.last,
             incarnation: state.incarnation,
@@ -360,6 +365,7 @@ impl Line<'_> {
         if due && !channel.output_pending() {
             session.ack_due.store(false, Ordering::SeqCst);
             channel.send(&session.ack()?)?;
+            channel.set_patient(session.patient.load(Ordering::Relaxed));
             self.acked_us = now;
         }
         Ok(())
@@ -372,8 +378,11 @@ impl Keeper<'_> {
         loop {
             match frames.recv_timeout(PUMP) {
                 Ok(frame) => {
+                    let large = frame.bytes.len() >= TURN_BYTES;
                     self.take(frame)?;
-                    make_way();
+                    if large && self.session.patient.load(Ordering::Relaxed) {
+                        give_way();
+                    }
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return self.sync_copies(),

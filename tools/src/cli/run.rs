@@ -54,7 +54,7 @@ pub fn filter(args: &GroupArgs, context: &Context) -> Outcome {
 
 /// The replicator process of a group; it may be killed at any time.
 pub fn replicator(args: &GroupArgs, context: &Context) -> Outcome {
-    daemon::libc::tune();
+    daemon::tunables::apply();
     process::detach();
     let stop = daemon::stop_flag()?;
     let (group, paths) = agent::load_config(&context.dir, &args.group)?;

@@ -46,7 +46,7 @@ pub fn run(command: &TargetCommand, context: &Context) -> Outcome {
     match command {
         TargetCommand::Init(args) => init(args, context),
         TargetCommand::Run => {
-            daemon::libc::tune();
+            daemon::tunables::apply();
             daemon_target::run(&context.dir, context.clock.clone(), context.output)
         }
     }

@@ -18,7 +18,7 @@
 //! | local control sockets: one JSON document a line, each way | [`control`] |
 //! | one process of a role at a time; starting, finding, stopping one | [`process`] |
 //! | when to start a process again | [`supervise`] |
-//! | settings of the C library | [`libc`] |
+//! | settings of the C library | [`tunables`] |
 //!
 //! Nothing here is on the data path: a daemon may be killed at any time, the
 //! filters it started keep serving, and the next one finds them (ruling 21).
@@ -40,7 +40,6 @@ pub mod control;
 pub mod enlist;
 pub mod gateway;
 pub mod hooks;
-pub mod libc;
 pub mod mounts;
 pub mod process;
 pub mod remote;
@@ -49,6 +48,7 @@ pub mod source;
 pub mod status;
 pub mod supervise;
 pub mod target;
+pub mod tunables;
 pub mod worker;
 
 /// Becomes true when the process is asked to stop (SIGTERM, SIGINT, SIGHUP).
