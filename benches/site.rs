@@ -117,6 +117,8 @@ impl Site {
         let before = std::fs::read_to_string(&log).unwrap_or_default().len();
         let mut command = Command::new(&self.program);
         command.args([role, "run", "--json", "--dir"]).arg(dir);
+        // Theirs would be taken instead of the program's own.
+        command.env_remove("GLIBC_TUNABLES").env_remove("STANDFAST_TUNED");
         let mut daemon = Proc::spawn(&mut command, &log)?;
         wait_for(&format!("{role} run to be ready"), SHORT, || {
             daemon.check()?;

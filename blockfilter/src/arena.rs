@@ -216,7 +216,9 @@ impl Arena {
 
     /// Bytes that can still be written from the head on.
     pub fn room(&self) -> u64 {
-        self.floor.load(Ordering::Relaxed) + self.size - self.head.load(Ordering::Relaxed)
+        // In this order: no floor seen later is below the one that bounded this head.
+        let head = self.head.load(Ordering::Acquire);
+        self.floor.load(Ordering::Relaxed) + self.size - head
     }
 
     /// Copies `data` to position `pos`, at or above the head. Engine thread only.

@@ -113,6 +113,8 @@ pub struct Channel {
     heard_us: u64,
     closed: bool,
     patient: bool,
+    /// Bytes since others had their turn.
+    moved: usize,
     counters: Counters,
 }
 
@@ -196,6 +198,7 @@ impl Channel {
             heard_us,
             closed: false,
             patient: false,
+            moved: 0,
             counters: Counters::default(),
         };
         channel.handshake(timeout)?;
@@ -242,7 +245,8 @@ impl Channel {
         self.frame_max = FRAME_MAX;
     }
 
-    /// Whether large frames give way to others on this machine (see [`give_way`]). Not at first.
+    /// Whether what is sent and received gives way to others on this machine (see [`give_way`]).
+    /// Not at first.
     pub fn set_patient(&mut self, patient: bool) {
         self.patient = patient;
     }
@@ -267,10 +271,19 @@ impl Channel {
         let mut writer = self.tls.writer();
         writer.write_all(&frame.head)?;
         writer.write_all(frame.body.as_ref())?;
-        if self.patient && frame.total_len() >= TURN_BYTES {
-            give_way();
+        self.write_some()?;
+        self.moved(frame.hdr.raw_len.get() as usize);
+        Ok(())
+    }
+
+    fn moved(&mut self, bytes: usize) {
+        self.moved += bytes;
+        if self.moved >= TURN_BYTES {
+            self.moved = 0;
+            if self.patient {
+                give_way();
+            }
         }
-        self.write_some()
     }
 
     /// Whether output waits for the peer.
@@ -404,11 +417,9 @@ impl Channel {
                     self.heard_us = self.clock.mono_us();
                     self.counters.received_bytes += n as u64;
                     self.decrypt(&chunk[..n])?;
+                    self.moved(n);
                     if n < chunk.len() {
                         break;
-                    }
-                    if self.patient {
-                        give_way();
                     }
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,

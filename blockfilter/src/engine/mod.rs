@@ -21,7 +21,7 @@ pub mod real;
 pub mod record;
 pub mod uring;
 
-/// Bytes that bulk work moves, or one larger piece, before it calls [`give_way`]: some 50 to 100 µs.
+/// Bytes that bulk work moves, or one larger piece, before it calls [`give_way`].
 pub const TURN_BYTES: usize = 256 << 10;
 
 /// Lets others have the processor, and gives up what is left of the slice. For bulk work on a

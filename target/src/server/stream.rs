@@ -13,7 +13,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
-use blockfilter::engine::{TURN_BYTES, give_way};
 use crossbeam::channel::{Receiver as Frames, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 use replicator::frame::{FrameBuf, FrameError};
 use replicator::session::{
@@ -56,8 +55,6 @@ struct Session<'a> {
     ack_due: AtomicBool,
     /// The source's clock in its last heartbeat; 0: none came.
     echo_us: AtomicU64,
-    /// See [`keeps_up`].
-    patient: AtomicBool,
     /// The keeper ended.
     ended: AtomicBool,
 }
@@ -192,7 +189,6 @@ fn session(
         wake,
         ack_due: true.into(),
         echo_us: 0.into(),
-        patient: false.into(),
         ended: false.into(),
     };
     let ended = session.run(channel, receiver);
@@ -275,14 +271,13 @@ impl Session<'_> {
         self.wake.wake();
     }
 
-    fn ack(&self) -> Result<FrameBuf, FrameError> {
+    fn ack(&self) -> Ack {
         // First: who sees its heartbeat echoed takes the state for newer.
         let echo_us = self.echo_us.load(Ordering::SeqCst);
         let state = self.store.state();
         let now = self.shared.clock.mono_us();
         let rpo_us = lock(&self.link.watch).rpo.rpo_us(state.last_consistent, now);
-        self.patient.store(keeps_up(rpo_us), Ordering::Relaxed);
-        let ack = Ack {
+        Ack {
             durable: state.last,
             incarnation: state.incarnation,
             seed: seed_at(&state),
@@ -291,8 +286,7 @@ impl Session<'_> {
             echo_us: (echo_us > 0).then_some(echo_us),
             mono_us: Some(now),
             recoverable_us: self.store.newest().map(|p| p.time_us),
-        };
-        FrameBuf::message(Kind::Ack, &ack)
+        }
     }
 
     fn leave(&self) {
@@ -364,8 +358,9 @@ impl Line<'_> {
         let due = session.ack_due.load(Ordering::SeqCst) || quiet;
         if due && !channel.output_pending() {
             session.ack_due.store(false, Ordering::SeqCst);
-            channel.send(&session.ack()?)?;
-            channel.set_patient(session.patient.load(Ordering::Relaxed));
+            let ack = session.ack();
+            channel.set_patient(keeps_up(ack.rpo_us));
+            channel.send(&FrameBuf::message(Kind::Ack, &ack)?)?;
             self.acked_us = now;
         }
         Ok(())
@@ -377,13 +372,7 @@ impl Keeper<'_> {
     fn run(&mut self, frames: &Frames<FrameBuf>) -> Result<(), StreamError> {
         loop {
             match frames.recv_timeout(PUMP) {
-                Ok(frame) => {
-                    let large = frame.bytes.len() >= TURN_BYTES;
-                    self.take(frame)?;
-                    if large && self.session.patient.load(Ordering::Relaxed) {
-                        give_way();
-                    }
-                }
+                Ok(frame) => self.take(frame)?,
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return self.sync_copies(),
             }

@@ -13,11 +13,14 @@ use std::sync::Arc;
 /// the process goes on without them, only slower.
 pub fn apply() {
     let made = [TUNABLES, APPLIED].iter().any(|name| std::env::var_os(name).is_some());
+    if made || !cfg!(target_env = "gnu") {
+        return;
+    }
     let mut arguments = std::env::args_os();
     let (Ok(program), Some(name)) = (std::env::current_exe(), arguments.next()) else { return };
-    // Another name: the program is the loader, or was replaced.
-    let same = program.file_name() == Path::new(&name).file_name();
-    if made || !same || !cfg!(target_env = "gnu") {
+    if program.file_name() != Path::new(&name).file_name() {
+        // It is the loader, or was replaced.
+        tracing::debug!(?program, ?name, "another name: the C library keeps its own settings");
         return;
     }
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -25,11 +28,9 @@ pub fn apply() {
     let mut again = Command::new(program);
     again.arg0(name).args(arguments).env(TUNABLES, settings(&cpu)).env(APPLIED, "1");
     let error = again.exec();
-    tracing::warn!(%error, "the C library keeps its own settings");
     // The attempt took back that writing to a closed connection is only an error.
-    if let Err(error) = signal_hook::flag::register(signal_hook::consts::SIGPIPE, Arc::default()) {
-        tracing::error!(%error, "cannot watch for SIGPIPE");
-    }
+    let pipe = signal_hook::flag::register(signal_hook::consts::SIGPIPE, Arc::default());
+    tracing::warn!(%error, ?pipe, "the C library keeps its own settings");
 }
 
 /// Frames of a few MiB are allocated in one thread and freed in another: with glibc's own limits
