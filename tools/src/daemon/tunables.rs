@@ -40,7 +40,7 @@ pub fn apply() {
 /// On AMD's Zen 3 and 4 `rep movsb`, which glibc before 2.40 uses from 2112 bytes on, copies
 /// at a twelfth of the speed when the target's address modulo 4096 is 1 to 15 above the source's,
 /// as it happens to be where rustls hands out what it decrypted (glibc's bug 30994, with
-/// the same remedy). Other processors of AMD copy as fast without it. (pure)
+/// the same remedy). Its other processors are not told apart, nor measured. (pure)
 fn settings(cpu: &str) -> String {
     let mut settings = MALLOC.to_owned();
     if cpu.contains("AuthenticAMD") {
