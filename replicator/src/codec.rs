@@ -5,11 +5,10 @@
 //! (loopback: `none`, at once); a level is left only for one that is clearly
 //! better and after it was held for a second. Measured time is an argument.
 
+use std::borrow::Cow;
 use std::io;
 
 use zstd::bulk::Compressor;
-
-use crate::wire::CodecId;
 
 /// A level of compression.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -194,8 +193,23 @@ impl Encoder {
     }
 
     /// `raw` compressed, or None where it is not worth it.
-    pub fn encode(&mut self, level: Level, raw: &[u8]) -> io::Result<Option<Vec<u8>>> {
-        if level == Level::None || raw.len() < SMALLEST {
+    pub fn encode(
+        &mut self,
+        level: Level,
+        raw: &[impl AsRef<[u8]>],
+    ) -> io::Result<Option<Vec<u8>>> {
+        if level == Level::None {
+            return Ok(None);
+        }
+        let raw = match raw {
+            [one] => Cow::Borrowed(one.as_ref()),
+            many => {
+                let mut all = Vec::new();
+                many.iter().for_each(|piece| all.extend_from_slice(piece.as_ref()));
+                Cow::Owned(all)
+            }
+        };
+        if raw.len() < SMALLEST {
             return Ok(None);
         }
         if self.level != level {
@@ -209,14 +223,9 @@ impl Encoder {
                 return Ok(None);
             }
         }
-        let packed = self.compressor.compress(raw)?;
+        let packed = self.compressor.compress(&raw)?;
         Ok((packed.len() < raw.len() - raw.len() / 16).then_some(packed))
     }
-}
-
-/// The wire's name of what [`Encoder::encode`] returned.
-pub fn codec_of(packed: Option<&Vec<u8>>) -> CodecId {
-    if packed.is_some() { CodecId::Zstd } else { CodecId::None }
 }
 
 const WINDOW_US: u64 = 200_000;
@@ -288,9 +297,9 @@ mod tests {
                 (x >> 56) as u8
             })
             .collect();
-        assert_eq!(encoder.encode(Level::Normal, &noise).unwrap(), None);
+        assert_eq!(encoder.encode(Level::Normal, &[&noise]).unwrap(), None);
         let text = b"the same again and again ".repeat(4000);
-        let packed = encoder.encode(Level::Fast, &text).unwrap().unwrap();
+        let packed = encoder.encode(Level::Fast, &[&text]).unwrap().unwrap();
         assert!(packed.len() < text.len() / 10);
     }
 }

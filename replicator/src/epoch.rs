@@ -18,7 +18,7 @@ use blockfilter::journal::format::{
 use blockfilter::names::Lsn;
 use zerocopy::FromBytes;
 
-use crate::frame::FrameParts;
+use crate::frame::{FrameParts, Piece};
 use crate::wire::{
     CodecId, FRAME_EPOCH_END, FRAME_MARK, FRAME_RAW_MAX, FRAME_RECS_MAX, FrameHdr, Kind,
 };
@@ -210,13 +210,7 @@ impl Builder {
 #[derive(Clone, Debug)]
 struct Sent {
     desc: RecDesc,
-    payload: Option<(Arc<Vec<u8>>, Range<usize>)>,
-}
-
-impl Sent {
-    fn payload(&self) -> &[u8] {
-        self.payload.as_ref().map_or(&[], |(data, range)| &data[range.clone()])
-    }
+    payload: Option<Piece>,
 }
 
 /// Whole batches that take effect together.
@@ -276,36 +270,34 @@ impl Epoch {
     }
 
     /// The next frame, of about `payload` bytes before compression; None after
-    /// the last. `encode` compresses, or returns None to send as it is.
+    /// the last. `encode` compresses that many bytes in these pieces, or returns None to
+    /// send them as they are.
     pub fn next_frame<E>(
         &mut self,
         group_id: u64,
         payload: usize,
-        mut encode: impl FnMut(&[u8]) -> Result<Option<Vec<u8>>, E>,
-    ) -> Result<Option<FrameParts<Vec<u8>>>, E> {
+        mut encode: impl FnMut(usize, &[Piece]) -> Result<Option<Vec<u8>>, E>,
+    ) -> Result<Option<FrameParts>, E> {
         if self.done {
             return Ok(None);
         }
         let first = self.sent;
-        let mut raw = Vec::with_capacity(payload.min(self.raw_bytes as usize));
-        let mut descs = Vec::new();
-        while let Some(record) = self.records.get(self.sent) {
-            let bytes = record.payload();
-            let full = raw.len() + bytes.len() > payload && !descs.is_empty();
-            if full || descs.len() == FRAME_RECS_MAX as usize {
-                break;
-            }
-            let mut desc = record.desc;
-            desc.payload_off = if bytes.is_empty() { 0 } else { raw.len() as u32 }.into();
-            raw.extend_from_slice(bytes);
-            descs.push(desc);
-            self.sent += 1;
-        }
+        let (descs, mut raw, mut raw_len) = self.take(payload);
         self.done = self.sent == self.records.len();
         let start = if first == 0 { self.from.0 } else { self.records[first].desc.lsn.get() };
         let end = self.records.get(self.sent).map_or(self.to.0, |r| r.desc.lsn.get());
-        let packed = if raw.is_empty() { None } else { encode(&raw)? };
+        let packed = if raw.is_empty() { None } else { encode(raw_len, &raw)? };
         let codec = if packed.is_some() { CodecId::Zstd } else { CodecId::None };
+        if let Some(packed) = packed {
+            raw = vec![packed.into()];
+        } else if self.raw_bytes >= PAD_FROM {
+            let head = size_of::<FrameHdr>() + size_of_val(descs.as_slice());
+            let pad = (head + raw_len).next_multiple_of(FRAME_ALIGN) - head - raw_len;
+            if pad > 0 && raw_len + pad <= FRAME_RAW_MAX as usize {
+                raw.push(vec![0; pad].into());
+                raw_len += pad;
+            }
+        }
         let mark = if self.mark { FRAME_MARK } else { 0 };
         let hdr = FrameHdr {
             kind: Kind::Epoch as u8,
@@ -317,10 +309,33 @@ impl Epoch {
             lsn_from: start.into(),
             lsn_to: end.into(),
             wall_us: self.wall_us.into(),
-            raw_len: (raw.len() as u32).into(),
+            raw_len: (raw_len as u32).into(),
             ..Default::default()
         };
-        Ok(Some(FrameParts::seal(hdr, &descs, packed.unwrap_or(raw))))
+        Ok(Some(FrameParts::seal(hdr, &descs, raw)))
+    }
+
+    /// The next records for a frame of about `payload` bytes, their payloads and the length
+    /// of those.
+    fn take(&mut self, payload: usize) -> (Vec<RecDesc>, Vec<Piece>, usize) {
+        let (mut descs, mut raw, mut raw_len) = (Vec::new(), Vec::new(), 0);
+        while let Some(record) = self.records.get(self.sent) {
+            let len = record.desc.payload_len() as usize;
+            let full = raw_len + len > payload && !descs.is_empty();
+            if full || descs.len() == FRAME_RECS_MAX as usize {
+                break;
+            }
+            let mut desc = record.desc;
+            desc.payload_off = 0.into();
+            if let Some(piece) = &record.payload {
+                desc.payload_off = (raw_len as u32).into();
+                Piece::append(&mut raw, piece);
+                raw_len += len;
+            }
+            descs.push(desc);
+            self.sent += 1;
+        }
+        (descs, raw, raw_len)
     }
 
     /// Fills in the writer of an epoch that has only padding.
@@ -354,7 +369,7 @@ fn sent(batch: &Batch, desc: &RecDesc) -> Result<Sent, EpochError> {
         (desc.payload_off, desc.crc) = (0.into(), 0.into());
         return Ok(Sent { desc, payload: None });
     }
-    Ok(Sent { desc, payload: Some((batch.data.clone(), range)) })
+    Ok(Sent { desc, payload: Some(Piece::new(batch.data.clone(), range)) })
 }
 
 /// Whether all bytes are 0.
@@ -419,6 +434,13 @@ impl Covered {
     }
 }
 
+/// Uncompressed frames of large epochs are a multiple of this long, in bytes: zeroes behind the
+/// last payload make up for it. So the target, which keeps frames one behind the other, can write
+/// them past its page cache from where they are.
+pub const FRAME_ALIGN: usize = 512;
+/// Payload of an epoch from which on that is worth it, in bytes: smaller ones the target
+/// writes into its page cache.
+const PAD_FROM: u64 = 256 << 10;
 /// A clock that goes back by up to this holds the labels where they are.
 pub const STEP_BACK_US: u64 = 5 * 60 * 1_000_000;
 

@@ -7,12 +7,15 @@
 //! asks [`check_header`] before it allocates. After it: receiver and store.
 
 use std::borrow::Cow;
+use std::ops::Range;
+use std::sync::Arc;
 
 use blockfilter::journal::format::{RecDesc, RecOp};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::placed::Placed;
 use crate::wire::{
     CodecId, FRAME_EPOCH_END, FRAME_JSON_MAX, FRAME_MAGIC, FRAME_MARK, FRAME_RAW_MAX,
     FRAME_RECS_MAX, FrameHdr, Kind, WIRE_VERSION,
@@ -24,40 +27,64 @@ pub struct FrameBuf {
     /// The header, decoded.
     pub hdr: FrameHdr,
     /// The whole frame, header first.
-    pub bytes: Vec<u8>,
+    pub bytes: Placed,
+}
+
+/// Part of a body: bytes of a buffer that others use too.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    data: Arc<Vec<u8>>,
+    range: Range<usize>,
+}
+
+impl Piece {
+    /// `range` of `data`, inside it.
+    pub fn new(data: Arc<Vec<u8>>, range: Range<usize>) -> Self {
+        Self { data, range }
+    }
+
+    /// Adds `next` to `pieces`: to the last one, if it lies right behind that.
+    pub fn append(pieces: &mut Vec<Self>, next: &Self) {
+        match pieces.last_mut() {
+            Some(last)
+                if last.range.end == next.range.start && Arc::ptr_eq(&last.data, &next.data) =>
+            {
+                last.range.end = next.range.end;
+            }
+            _ => pieces.push(next.clone()),
+        }
+    }
+}
+
+impl AsRef<[u8]> for Piece {
+    fn as_ref(&self) -> &[u8] {
+        &self.data[self.range.clone()]
+    }
+}
+
+impl From<Vec<u8>> for Piece {
+    fn from(data: Vec<u8>) -> Self {
+        let range = 0..data.len();
+        Self::new(Arc::new(data), range)
+    }
 }
 
 /// A frame to send, its body where it already is.
 #[derive(Debug)]
-pub struct FrameParts<B> {
+pub struct FrameParts {
     /// The header, decoded.
     pub hdr: FrameHdr,
     /// Header and descriptors, as sent.
     pub head: Vec<u8>,
-    /// The body, as sent.
-    pub body: B,
+    /// The body, as sent, one behind the other.
+    pub body: Vec<Piece>,
 }
 
-impl<B: AsRef<[u8]>> FrameParts<B> {
+impl FrameParts {
     /// Seals a frame: fills in magic, version, lengths and CRCs. `hdr` brings
     /// kind, flags, codec, `raw_len`, positions; `body` is already encoded.
-    pub fn seal(mut hdr: FrameHdr, descs: &[RecDesc], body: B) -> Self {
-        let bytes = body.as_ref();
-        hdr.magic = FRAME_MAGIC.into();
-        hdr.version = WIRE_VERSION;
-        hdr.n_rec = (descs.len() as u32).into();
-        hdr.enc_len = (bytes.len() as u32).into();
-        hdr.desc_crc = crc32c::crc32c(descs.as_bytes()).into();
-        // The seed's large frames are one record each, summed just now.
-        let plain = hdr.codec == CodecId::None as u8 && hdr.kind == Kind::Copy as u8;
-        let only = only_record(descs, bytes.len()).filter(|_| plain).map(|desc| desc.crc.get());
-        debug_assert!(only.is_none_or(|crc| crc == crc32c::crc32c(bytes)));
-        hdr.body_crc = only.unwrap_or_else(|| crc32c::crc32c(bytes)).into();
-        hdr.hdr_crc = 0.into();
-        hdr.hdr_crc = hdr.crc().into();
-        let mut head = Vec::with_capacity(size_of::<FrameHdr>() + hdr.desc_len());
-        head.extend_from_slice(hdr.as_bytes());
-        head.extend_from_slice(descs.as_bytes());
+    pub fn seal(mut hdr: FrameHdr, descs: &[RecDesc], body: Vec<Piece>) -> Self {
+        let head = seal(&mut hdr, descs, &body);
         Self { hdr, head, body }
     }
 
@@ -68,8 +95,33 @@ impl<B: AsRef<[u8]>> FrameParts<B> {
 
     /// The frame in one piece.
     pub fn join(&self) -> FrameBuf {
-        FrameBuf { hdr: self.hdr, bytes: [&self.head, self.body.as_ref()].concat() }
+        FrameBuf { hdr: self.hdr, bytes: join(&self.head, &self.body) }
     }
+}
+
+/// Completes the header; returns it with the descriptors behind it.
+fn seal(hdr: &mut FrameHdr, descs: &[RecDesc], body: &[impl AsRef<[u8]>]) -> Vec<u8> {
+    let len: usize = body.iter().map(|piece| piece.as_ref().len()).sum();
+    let sum = || body.iter().fold(0, |crc, piece| crc32c::crc32c_append(crc, piece.as_ref()));
+    hdr.magic = FRAME_MAGIC.into();
+    hdr.version = WIRE_VERSION;
+    hdr.n_rec = (descs.len() as u32).into();
+    hdr.enc_len = (len as u32).into();
+    hdr.desc_crc = crc32c::crc32c(descs.as_bytes()).into();
+    // The seed's large frames are one record each, summed just now.
+    let plain = hdr.codec == CodecId::None as u8 && hdr.kind == Kind::Copy as u8;
+    let only = only_record(descs, len).filter(|_| plain).map(|desc| desc.crc.get());
+    debug_assert!(only.is_none_or(|crc| crc == sum()));
+    hdr.body_crc = only.unwrap_or_else(sum).into();
+    hdr.hdr_crc = 0.into();
+    hdr.hdr_crc = hdr.crc().into();
+    [hdr.as_bytes(), descs.as_bytes()].concat()
+}
+
+fn join(head: &[u8], body: &[impl AsRef<[u8]>]) -> Placed {
+    let mut bytes = head.to_vec();
+    body.iter().for_each(|piece| bytes.extend_from_slice(piece.as_ref()));
+    bytes.into()
 }
 
 /// Why a frame is refused. Every one of these ends the session.
@@ -181,8 +233,9 @@ fn limit(what: &'static str, value: u32, limit: u32) -> Result<(), FrameError> {
 
 impl FrameBuf {
     /// A frame in one piece; see [`FrameParts::seal`].
-    pub fn seal(hdr: FrameHdr, descs: &[RecDesc], body: &[u8]) -> Self {
-        FrameParts::seal(hdr, descs, body).join()
+    pub fn seal(mut hdr: FrameHdr, descs: &[RecDesc], body: &[u8]) -> Self {
+        let head = seal(&mut hdr, descs, &[body]);
+        Self { hdr, bytes: join(&head, &[body]) }
     }
 
     /// A message with a JSON body.
@@ -195,7 +248,8 @@ impl FrameBuf {
     }
 
     /// Takes a whole frame from a peer or a file and checks all of it.
-    pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, FrameError> {
+    pub fn from_bytes(bytes: impl Into<Placed>) -> Result<Self, FrameError> {
+        let bytes = bytes.into();
         let head = bytes.first_chunk().ok_or(FrameError::Bad("length"))?;
         let hdr = check_header(head)?;
         if bytes.len() != hdr.total_len() {
@@ -343,7 +397,7 @@ mod tests {
     fn any_flipped_bit_is_refused() {
         let frame = sample();
         for bit in 0..frame.bytes.len() * 8 {
-            let mut bytes = frame.bytes.clone();
+            let mut bytes = frame.bytes.to_vec();
             bytes[bit / 8] ^= 1 << (bit % 8);
             assert!(FrameBuf::from_bytes(bytes).is_err(), "bit {bit}");
         }

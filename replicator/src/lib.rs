@@ -7,6 +7,7 @@ pub mod feed;
 pub mod frame;
 pub mod identity;
 pub mod pace;
+pub mod placed;
 pub mod seed;
 pub mod session;
 pub mod shipper;

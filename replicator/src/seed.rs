@@ -68,12 +68,7 @@ pub struct Step {
 
 impl Step {
     /// The step as a frame; `packed` is the payload compressed, if it was worth it.
-    pub fn frame(
-        self,
-        plan: &SeedPlan,
-        head: &CopyHead,
-        packed: Option<Vec<u8>>,
-    ) -> FrameParts<Vec<u8>> {
+    pub fn frame(self, plan: &SeedPlan, head: &CopyHead, packed: Option<Vec<u8>>) -> FrameParts {
         let codec = if packed.is_some() { CodecId::Zstd } else { CodecId::None };
         let hdr = FrameHdr {
             kind: Kind::Copy as u8,
@@ -88,7 +83,7 @@ impl Step {
             cursor: self.cursor.1.into(),
             ..Default::default()
         };
-        FrameParts::seal(hdr, &self.descs, packed.unwrap_or(self.payload))
+        FrameParts::seal(hdr, &self.descs, vec![packed.unwrap_or(self.payload).into()])
     }
 }
 

@@ -10,7 +10,7 @@
 //! [`Channel::pump`] and what is built on it.
 
 use std::collections::VecDeque;
-use std::io::{self, BufRead, Read, Write};
+use std::io::{self, BufRead, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -22,7 +22,8 @@ use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerCon
 
 use crate::frame::{FrameBuf, FrameError, FrameParts, check_header};
 use crate::identity::{IdentityError, Peer, peer_of, server_name};
-use crate::wire::{FRAME_RAW_MAX, FRAME_RECS_MAX, FrameHdr};
+use crate::placed::Placed;
+use crate::wire::{FRAME_RAW_MAX, FRAME_RECS_MAX, FrameHdr, Kind};
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -104,7 +105,7 @@ pub struct Channel {
     clock: Arc<dyn Clock>,
     chunk: Vec<u8>,
     /// What came of a frame, and how long it is to be: the header, or the frame once `head_done`.
-    partial: Vec<u8>,
+    partial: Placed,
     partial_len: usize,
     head_done: bool,
     frames: VecDeque<FrameBuf>,
@@ -189,7 +190,7 @@ impl Channel {
             tls,
             clock,
             chunk: vec![0; TURN_BYTES],
-            partial: Vec::new(),
+            partial: Placed::default(),
             partial_len: size_of::<FrameHdr>(),
             head_done: false,
             frames: VecDeque::new(),
@@ -264,13 +265,18 @@ impl Channel {
     }
 
     /// As [`Channel::send`], of a frame in parts.
-    pub fn send_parts<B: AsRef<[u8]>>(
-        &mut self,
-        frame: &FrameParts<B>,
-    ) -> Result<(), ChannelError> {
-        let mut writer = self.tls.writer();
-        writer.write_all(&frame.head)?;
-        writer.write_all(frame.body.as_ref())?;
+    pub fn send_parts(&mut self, frame: &FrameParts) -> Result<(), ChannelError> {
+        let body = frame.body.iter().map(AsRef::as_ref);
+        let parts: Vec<&[u8]> = std::iter::once(frame.head.as_slice()).chain(body).collect();
+        // TLS looks at all parts of a call for each of its records of 16 KiB.
+        for parts in parts.chunks(PARTS) {
+            let mut slices: Vec<IoSlice<'_>> = parts.iter().map(|p| IoSlice::new(p)).collect();
+            let mut rest = slices.as_mut_slice();
+            while !rest.is_empty() {
+                let taken = self.tls.writer().write_vectored(rest)?;
+                IoSlice::advance_slices(&mut rest, taken);
+            }
+        }
         self.write_some()?;
         self.moved(frame.hdr.raw_len.get() as usize);
         Ok(())
@@ -472,13 +478,16 @@ impl Channel {
             if !self.head_done
                 && let Some(head) = self.partial.first_chunk()
             {
-                let total = check_header(head)?.total_len();
+                let hdr = check_header(head)?;
+                let total = hdr.total_len();
                 if total > self.frame_max {
                     let (value, limit) = (total as u64, self.frame_max as u64);
                     return Err(FrameError::TooLarge { what: "frame", value, limit }.into());
                 }
                 self.head_done = true;
-                self.partial.reserve_exact(total - self.partial.len());
+                let mut placed = Placed::with_room(total, placed_at(&hdr));
+                placed.extend_from_slice(&self.partial);
+                self.partial = placed;
                 self.partial_len = total;
                 continue;
             }
@@ -492,10 +501,19 @@ impl Channel {
     }
 }
 
+/// The byte of a frame that is written to a page's start: the stream's frames are kept whole
+/// ([`crate::epoch::FRAME_ALIGN`]), of the copy's the body.
+fn placed_at(hdr: &FrameHdr) -> usize {
+    let head = size_of::<FrameHdr>() + hdr.desc_len();
+    if hdr.kind == Kind::Copy as u8 { head } else { 0 }
+}
+
 /// A peer that says nothing for this long is dead.
 pub const SILENCE_MAX: Duration = Duration::from_secs(15);
 /// Longest frame of a peer that is not known yet, in bytes.
 pub const STRANGER_FRAME_MAX: usize = 64 << 10;
+/// Parts of a frame that are given to TLS at once.
+const PARTS: usize = 64;
 /// Input that was not taken; beyond it the socket is not read.
 const QUEUE_MAX: usize = 8 << 20;
 const FRAME_MAX: usize = size_of::<FrameHdr>()
@@ -513,7 +531,6 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::identity::{self, Authority, Role};
-    use crate::wire::Kind;
 
     const LIMIT: Duration = Duration::from_secs(10);
     const NOW: u64 = 1_795_000_000_000_000;

@@ -4,7 +4,8 @@
 //! ```text
 //! frame    0       128 B    FrameHdr
 //!          128     40 B *   RecDesc (data frames only), stored and sent uncompressed
-//!          …       enc_len  body: payloads as one blob, compressed as `codec` says;
+//!          …       enc_len  body: payloads as one blob, compressed as `codec` says, perhaps
+//!                           with zeroes behind them that belong to no record;
 //!                           of the other kinds: a JSON document
 //! ```
 //!

@@ -1,9 +1,11 @@
 //! Linux behind the [`Files`] and [`File`] traits, by plain system calls.
 
 use std::io::{self, IoSlice, IoSliceMut};
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -55,6 +57,14 @@ struct Aside {
     file: std::fs::File,
     /// What is not aligned in memory is copied here first.
     scratch: Mutex<Vec<u8>>,
+    /// The file takes memory at multiples of [`SECTOR`], not only of [`DIRECT_ALIGN`].
+    sectors: AtomicBool,
+}
+
+/// Where bytes of a write past the page cache are.
+enum Taken<'a> {
+    Scratch(Range<usize>),
+    Place(&'a [u8]),
 }
 
 impl RealFile {
@@ -79,29 +89,72 @@ impl RealFile {
 }
 
 impl Aside {
+    /// Offset and length in all are multiples of [`DIRECT_ALIGN`].
     fn write(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
-        if parts.iter().all(|p| is_aligned(p) && p.len().is_multiple_of(DIRECT_ALIGN)) {
-            return write_vectored(&self.file, offset, parts);
+        if self.sectors.load(Ordering::Relaxed) {
+            match self.write_from(offset, parts, SECTOR) {
+                Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
+                    self.sectors.store(false, Ordering::Relaxed);
+                }
+                other => return other,
+            }
         }
+        self.write_from(offset, parts, DIRECT_ALIGN)
+    }
+
+    /// Large pieces that stand in memory as they will in the file, counted in `unit`s, are
+    /// written from where they are; the rest is copied.
+    fn write_from(&self, offset: u64, parts: &[&[u8]], unit: usize) -> io::Result<()> {
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         scratch.resize(SCRATCH + DIRECT_ALIGN, 0);
         let at = scratch.as_ptr().align_offset(DIRECT_ALIGN);
         let scratch = &mut scratch[at..at + SCRATCH];
-        let (mut to, mut filled) = (offset, 0);
+        let (mut to, mut filled, mut planned, mut plan) = (offset, 0usize, 0, Vec::new());
         for mut part in parts.iter().copied() {
             while !part.is_empty() {
-                let now = part.len().min(SCRATCH - filled);
-                scratch[filled..filled + now].copy_from_slice(&part[..now]);
-                filled += now;
+                // All but the scratch is whole units: this is the place in the unit of the file.
+                let until = filled.next_multiple_of(unit) - filled;
+                let fits = part.as_ptr().align_offset(unit) == until;
+                let now = match fits && part.len() >= until + IN_PLACE {
+                    true if until == 0 => {
+                        let now = part.len() / unit * unit;
+                        plan.push(Taken::Place(&part[..now]));
+                        now
+                    }
+                    few => {
+                        let now = if few { until } else { part.len().min(SCRATCH - filled) };
+                        scratch[filled..filled + now].copy_from_slice(&part[..now]);
+                        match plan.last_mut() {
+                            Some(Taken::Scratch(range)) => range.end += now,
+                            _ => plan.push(Taken::Scratch(filled..filled + now)),
+                        }
+                        filled += now;
+                        now
+                    }
+                };
                 part = &part[now..];
-                if filled == SCRATCH {
-                    self.file.write_all_at(scratch, to)?;
-                    to += SCRATCH as u64;
-                    filled = 0;
+                planned += now;
+                if filled.is_multiple_of(unit) && planned >= SCRATCH {
+                    to += self.write_plan(to, &plan, scratch)?;
+                    plan.clear();
+                    (filled, planned) = (0, 0);
                 }
             }
         }
-        self.file.write_all_at(&scratch[..filled], to)
+        self.write_plan(to, &plan, scratch)?;
+        Ok(())
+    }
+
+    fn write_plan(&self, to: u64, plan: &[Taken<'_>], scratch: &[u8]) -> io::Result<u64> {
+        let slices: Vec<&[u8]> = plan
+            .iter()
+            .map(|from| match from {
+                Taken::Scratch(range) => &scratch[range.clone()],
+                Taken::Place(bytes) => bytes,
+            })
+            .collect();
+        write_vectored(&self.file, to, &slices)?;
+        Ok(slices.iter().map(|s| s.len() as u64).sum())
     }
 }
 
@@ -309,7 +362,11 @@ pub fn open_real(path: &Path, how: Open) -> io::Result<RealFile> {
         Open::Disk => {
             let file = RealFile::new(options.write(true).open(path)?)?;
             let aside = options.custom_flags(OFlags::DIRECT.bits() as i32).open(path).ok();
-            let aside = aside.map(|file| Aside { file, scratch: Mutex::default() });
+            let aside = aside.map(|file| Aside {
+                file,
+                scratch: Mutex::default(),
+                sectors: AtomicBool::new(true),
+            });
             return Ok(RealFile { aside, ..file });
         }
         Open::Direct => {
@@ -358,6 +415,10 @@ fn is_aligned(buf: &[u8]) -> bool {
 
 /// Alignment that every device and file system takes for O_DIRECT, bytes.
 const DIRECT_ALIGN: usize = 4096;
+/// What most devices want of memory for O_DIRECT, bytes.
+const SECTOR: usize = 512;
+/// Pieces of a write past the page cache from this size on are not copied, bytes.
+const IN_PLACE: usize = 4096;
 /// Vectored writes from this size on go past the page cache ([`Open::Disk`]), bytes.
 const LARGE: usize = 256 << 10;
 /// Of one write past the page cache that is copied first, bytes.
@@ -376,6 +437,37 @@ mod tests {
     use std::process::Command;
 
     use super::*;
+
+    /// Pieces of any length and place in memory, some of them where the file will have them.
+    #[test]
+    fn a_large_write_is_the_same_however_its_parts_lie_in_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let memory: Vec<u8> = (0..8u32 << 20).map(|i| (i ^ (i >> 9)) as u8).collect();
+        let base = memory.as_ptr().align_offset(DIRECT_ALIGN);
+        for (round, shift) in [0, 512, 4096, 7, 300].into_iter().enumerate() {
+            std::fs::write(&path, []).unwrap();
+            let file = open_real(&path, Open::Disk).unwrap();
+            let mut parts: Vec<&[u8]> = Vec::new();
+            let mut len = 0;
+            // The first is odd; the others begin where the file is at, moved by `shift`.
+            for (i, part) in [513, 700_000, 4096, 0, 5000, 2_000_000, 1, 300_000].iter().enumerate()
+            {
+                let at = base + i * DIRECT_ALIGN + len % DIRECT_ALIGN + usize::from(i > 0) * shift;
+                parts.push(&memory[at..at + part]);
+                len += part;
+            }
+            let end = len.next_multiple_of(DIRECT_ALIGN);
+            parts.push(&memory[base + 77..][..end - len]);
+            assert!(is_large(DIRECT_ALIGN as u64, &parts));
+            let aside = file.aside.as_ref().unwrap();
+            aside.sectors.store(round % 2 == 0, Ordering::Relaxed);
+            aside.write(DIRECT_ALIGN as u64, &parts).unwrap();
+            let mut found = vec![0; end];
+            file.read_exact_at(DIRECT_ALIGN as u64, &mut found).unwrap();
+            assert!(found == parts.concat(), "shift {shift}");
+        }
+    }
 
     struct Loop(String);
 

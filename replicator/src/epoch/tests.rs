@@ -100,9 +100,11 @@ fn frames(epoch: &mut Epoch, payload: usize) -> Vec<FrameBuf> {
     let mut frames = Vec::new();
     let mut turn = 0;
     while let Some(frame) = epoch
-        .next_frame::<Infallible>(7, payload, |raw| {
+        .next_frame::<Infallible>(7, payload, |len, raw| {
             turn += 1;
-            let packed = zstd::bulk::compress(raw, 1).unwrap();
+            let raw: Vec<u8> = raw.iter().flat_map(|piece| piece.as_ref()).copied().collect();
+            assert_eq!(raw.len(), len);
+            let packed = zstd::bulk::compress(&raw, 1).unwrap();
             Ok((turn % 2 == 0 && packed.len() < raw.len()).then_some(packed))
         })
         .unwrap()
@@ -217,6 +219,32 @@ fn only_records_that_are_wholly_overwritten_are_dropped() {
     let frames = frames(&mut epoch, 1 << 20);
     let lsns: Vec<u64> = frames[0].descs().iter().map(|d| d.lsn.get()).collect();
     assert_eq!(lsns, [2, 3, 4]);
+}
+
+#[test]
+fn frames_of_a_large_epoch_are_whole_sectors_long_with_zeroes_behind_the_payload() {
+    for large in [false, true] {
+        let mut epoch = one_epoch(&[write(0, 3, 1), write(4, 1, 2), write(6, 1, 3)]);
+        if large {
+            epoch.raw_bytes = PAD_FROM;
+        }
+        let mut count = 0;
+        while let Some(frame) = epoch.next_frame::<Infallible>(7, 2048, |_, _| Ok(None)).unwrap() {
+            count += 1;
+            assert_eq!(frame.total_len().is_multiple_of(FRAME_ALIGN), large);
+            let frame = FrameBuf::from_bytes(frame.join().bytes).unwrap();
+            let used: u32 = frame.descs().iter().map(|d| d.payload_len()).sum();
+            let payload = frame.payload().unwrap();
+            assert!(
+                is_zero(&payload[used as usize..]) && payload.len() < used as usize + FRAME_ALIGN
+            );
+            for desc in frame.descs() {
+                let bytes = &payload[desc.payload_off.get() as usize..][..desc.len.get() as usize];
+                assert_eq!(crc32c::crc32c(bytes), desc.crc.get());
+            }
+        }
+        assert_eq!(count, 2);
+    }
 }
 
 #[test]

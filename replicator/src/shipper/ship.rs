@@ -378,12 +378,12 @@ impl Session<'_> {
         let (encoder, codec, clock) = (&mut self.encoder, &mut self.codec, &self.shipper.clock);
         let mut raw_len = 0;
         let frame = epoch
-            .next_frame(self.group_id, level.frame_bytes(), |raw| {
+            .next_frame(self.group_id, level.frame_bytes(), |len, raw| {
                 let began = clock.mono_us();
                 let packed = encoder.encode(level, raw)?;
-                let size = packed.as_ref().map_or(raw.len(), Vec::len);
-                codec.encoded(level, raw.len(), size, clock.mono_us().saturating_sub(began));
-                raw_len = raw.len() as u64;
+                let size = packed.as_ref().map_or(len, Vec::len);
+                codec.encoded(level, len, size, clock.mono_us().saturating_sub(began));
+                raw_len = len as u64;
                 Ok(packed)
             })
             .map_err(SessionError::Codec)?;
@@ -431,7 +431,7 @@ impl Session<'_> {
         };
         let level = self.codec.level();
         let began = self.shipper.clock.mono_us();
-        let packed = self.encoder.encode(level, &step.payload).map_err(SessionError::Codec)?;
+        let packed = self.encoder.encode(level, &[&step.payload]).map_err(SessionError::Codec)?;
         let cpu_us = self.shipper.clock.mono_us().saturating_sub(began);
         let size = packed.as_ref().map_or(step.payload.len(), Vec::len);
         let raw_len = step.payload.len() as u64;

@@ -251,7 +251,7 @@ impl OpenSeg {
         let pad = [0; PAGE as usize];
         let pad = &pad[..(end.next_multiple_of(PAGE) - end) as usize];
         let mut parts = vec![self.tail.as_slice()];
-        parts.extend(frames.iter().map(|f| f.bytes.as_slice()));
+        parts.extend(frames.iter().map(|f| &f.bytes[..]));
         parts.push(pad);
         let written = self.file.write_vectored_at(self.end / PAGE * PAGE, &parts);
         let done = written.and_then(|()| if sync { self.file.sync_data() } else { Ok(()) });
