@@ -26,6 +26,7 @@ pub struct Ctl {
     input: Vec<u8>,
     out: Vec<u8>,
     pending: Option<Pending>,
+    follows: bool,
 }
 
 #[derive(Debug)]
@@ -54,7 +55,7 @@ enum Pending {
 impl Ctl {
     /// Takes an accepted socket.
     pub fn new(id: u64, stream: UnixStream) -> Self {
-        Self { id, stream, input: Vec::new(), out: Vec::new(), pending: None }
+        Self { id, stream, input: Vec::new(), out: Vec::new(), pending: None, follows: false }
     }
 
     /// When the pending request times out; monotonic microseconds.
@@ -63,6 +64,11 @@ impl Ctl {
             Some(Pending::Wait { deadline, .. }) => Some(deadline),
             _ => None,
         }
+    }
+
+    /// Whether it asked for positions as they change, as who copies the journal does.
+    pub fn follows(&self) -> bool {
+        self.follows
     }
 
     /// Takes bytes and starts a request. An error or the end closes the connection.
@@ -119,6 +125,7 @@ impl Ctl {
         match request {
             Request::Status => self.answer(&Reply::Status(Box::new(volume.status(connections)))),
             Request::Wait { after, ship_floor, timeout_ms } => {
+                self.follows |= after.is_some();
                 let deadline = now + timeout_ms.min(WAIT_MAX_MS) * 1000;
                 self.pending = Some(Pending::Wait { after, ship_floor, deadline });
             }

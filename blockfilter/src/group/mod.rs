@@ -7,6 +7,7 @@
 pub mod conn;
 pub mod ctl;
 mod landing;
+mod seat;
 pub mod serve;
 pub mod start;
 pub mod volume;

@@ -18,6 +18,7 @@ use rustix::time::Timespec;
 
 use super::conn::{Conn, Progress, Shared};
 use super::ctl::{Ask, Ctl};
+use super::seat::Seat;
 use super::undrained;
 use super::volume::{Volume, VolumeEvent};
 use crate::config::{GroupConfig, GroupPaths};
@@ -44,6 +45,7 @@ pub struct Server {
     swept_at: u64,
     stopping: Option<(u64, bool)>,
     spin: Spin,
+    seat: Seat,
     alone: Alone,
 }
 
@@ -124,6 +126,7 @@ impl Server {
             swept_at: 0,
             stopping: None,
             spin: Spin::default(),
+            seat: Seat::new(),
             alone: Alone::default(),
         })
     }
@@ -168,6 +171,10 @@ impl Server {
     fn wait(&mut self, ready: &mut Vec<epoll::Event>) -> io::Result<()> {
         let start = self.clock.mono_us();
         let due = self.due(start);
+        let others = self.volume.is_applying() || self.ctls.values().any(Ctl::follows);
+        if self.seat.look(start, others) {
+            self.spin = Spin::default();
+        }
         if due > start && self.spin.begin() {
             let until = due.min(start + SPIN_MAX);
             let mut before = start;

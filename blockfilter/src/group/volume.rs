@@ -302,6 +302,11 @@ impl Volume {
         self.filter.is_awaited()
     }
 
+    /// Whether records are being written to their disks, by another thread.
+    pub fn is_applying(&self) -> bool {
+        self.filter.applying().is_some()
+    }
+
     /// Makes [`Volume::fd`] unreadable until more is done.
     pub fn clear(&mut self) {
         self.engine.clear();
