@@ -204,7 +204,8 @@ impl Encoder {
         let raw = match raw {
             [one] => Cow::Borrowed(one.as_ref()),
             many => {
-                let mut all = Vec::new();
+                let len = many.iter().map(|piece| piece.as_ref().len()).sum();
+                let mut all = Vec::with_capacity(len);
                 many.iter().for_each(|piece| all.extend_from_slice(piece.as_ref()));
                 Cow::Owned(all)
             }

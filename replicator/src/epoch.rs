@@ -290,7 +290,7 @@ impl Epoch {
         let codec = if packed.is_some() { CodecId::Zstd } else { CodecId::None };
         if let Some(packed) = packed {
             raw = vec![packed.into()];
-        } else if self.raw_bytes >= PAD_FROM {
+        } else if raw_len > 0 {
             let head = size_of::<FrameHdr>() + size_of_val(descs.as_slice());
             let pad = (head + raw_len).next_multiple_of(FRAME_ALIGN) - head - raw_len;
             if pad > 0 && raw_len + pad <= FRAME_RAW_MAX as usize {
@@ -434,13 +434,10 @@ impl Covered {
     }
 }
 
-/// Uncompressed frames of large epochs are a multiple of this long, in bytes: zeroes behind the
+/// Uncompressed frames with a payload are a multiple of this long, in bytes: zeroes behind the
 /// last payload make up for it. So the target, which keeps frames one behind the other, can write
-/// them past its page cache from where they are.
+/// them past its page cache from where they are, as long as no others are between them.
 pub const FRAME_ALIGN: usize = 512;
-/// Payload of an epoch from which on that is worth it, in bytes: smaller ones the target
-/// writes into its page cache.
-const PAD_FROM: u64 = 256 << 10;
 /// A clock that goes back by up to this holds the labels where they are.
 pub const STEP_BACK_US: u64 = 5 * 60 * 1_000_000;
 

@@ -15,6 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::epoch::FRAME_ALIGN;
 use crate::placed::Placed;
 use crate::wire::{
     CodecId, FRAME_EPOCH_END, FRAME_JSON_MAX, FRAME_MAGIC, FRAME_MARK, FRAME_RAW_MAX,
@@ -300,10 +301,17 @@ impl FrameBuf {
         Ok(Cow::Owned(raw))
     }
 
-    /// Whether the body, whose checksum is right, is one record with that very checksum.
+    /// Whether the body, whose checksum is right, is one record and what its frame is filled up
+    /// with, and the record's checksum is right for that.
     pub fn is_one_record(&self) -> bool {
-        let only = only_record(self.descs(), self.body().len());
-        self.hdr.codec == CodecId::None as u8 && only.is_some_and(|d| d.crc == self.hdr.body_crc)
+        let [desc] = self.descs() else { return false };
+        let body = self.body();
+        let Some(rest) = body.get(desc.payload_len() as usize..) else { return false };
+        let only =
+            desc.payload_off.get() == 0 && rest.len() < FRAME_ALIGN && rest.len() < body.len();
+        only && self.hdr.codec == CodecId::None as u8
+            && crc32c::crc32c_combine(desc.crc.get(), crc32c::crc32c(rest), rest.len())
+                == self.hdr.body_crc.get()
     }
 
     /// The JSON body, decoded.

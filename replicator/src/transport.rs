@@ -274,6 +274,9 @@ impl Channel {
             let mut rest = slices.as_mut_slice();
             while !rest.is_empty() {
                 let taken = self.tls.writer().write_vectored(rest)?;
+                if taken == 0 && rest.iter().any(|part| !part.is_empty()) {
+                    return Err(io::Error::from(io::ErrorKind::WriteZero).into());
+                }
                 IoSlice::advance_slices(&mut rest, taken);
             }
         }
@@ -485,7 +488,7 @@ impl Channel {
                     return Err(FrameError::TooLarge { what: "frame", value, limit }.into());
                 }
                 self.head_done = true;
-                let mut placed = Placed::with_room(total, placed_at(&hdr));
+                let mut placed = placed(&hdr);
                 placed.extend_from_slice(&self.partial);
                 self.partial = placed;
                 self.partial_len = total;
@@ -501,17 +504,23 @@ impl Channel {
     }
 }
 
-/// The byte of a frame that is written to a page's start: the stream's frames are kept whole
-/// ([`crate::epoch::FRAME_ALIGN`]), of the copy's the body.
-fn placed_at(hdr: &FrameHdr) -> usize {
+/// Room for a frame. Of a large one, what is written to a sector's start is aligned: the stream's
+/// frames are kept whole ([`crate::epoch::FRAME_ALIGN`]), of the copy's the body.
+fn placed(hdr: &FrameHdr) -> Placed {
+    let total = hdr.total_len();
+    if total < PLACED {
+        return Vec::with_capacity(total).into();
+    }
     let head = size_of::<FrameHdr>() + hdr.desc_len();
-    if hdr.kind == Kind::Copy as u8 { head } else { 0 }
+    Placed::with_room(total, if hdr.kind == Kind::Copy as u8 { head } else { 0 })
 }
 
 /// A peer that says nothing for this long is dead.
 pub const SILENCE_MAX: Duration = Duration::from_secs(15);
 /// Longest frame of a peer that is not known yet, in bytes.
 pub const STRANGER_FRAME_MAX: usize = 64 << 10;
+/// Frames from this size on have a place, which costs up to a page more, in bytes.
+const PLACED: usize = 64 << 10;
 /// Parts of a frame that are given to TLS at once.
 const PARTS: usize = 64;
 /// Input that was not taken; beyond it the socket is not read.

@@ -62,9 +62,66 @@ struct Aside {
 }
 
 /// Where bytes of a write past the page cache are.
+#[derive(Debug)]
 enum Taken<'a> {
     Scratch(Range<usize>),
     Place(&'a [u8]),
+}
+
+/// Cuts a write past the page cache into calls. Large pieces that stand in memory as they will in
+/// the file, counted in `unit`s, are taken from where they are, the rest from a scratch buffer. (pure)
+#[derive(Debug)]
+struct Cutter<'a> {
+    parts: &'a [&'a [u8]],
+    /// Of the first part, what was taken.
+    used: usize,
+    unit: usize,
+}
+
+impl<'a> Cutter<'a> {
+    /// What the next call writes, and its length; nothing at the end. It ends on a page, if
+    /// `scratch` is whole pages and at least two, and all there is to write is whole pages.
+    fn next(&mut self, scratch: &mut [u8]) -> (Vec<Taken<'a>>, usize) {
+        let (mut taken, mut filled, mut planned) = (Vec::new(), 0usize, 0usize);
+        while let Some(part) = self.parts.first().map(|part| &part[self.used..]) {
+            // Without the scratch it is whole units: that tells the place in the unit of the file.
+            let until = filled.next_multiple_of(self.unit) - filled;
+            let fits = part.as_ptr().align_offset(self.unit) == until;
+            let in_place = fits && part.len() >= until + IN_PLACE;
+            let page = (planned + 1).next_multiple_of(DIRECT_ALIGN) - planned;
+            let now = if in_place && until == 0 {
+                let most = part.len().min(CALL.max(planned + page) - planned);
+                // A whole page at its end is better, a whole unit is needed.
+                let pages = (planned + most) / DIRECT_ALIGN * DIRECT_ALIGN;
+                if pages > planned { pages - planned } else { most / self.unit * self.unit }
+            } else {
+                let most = part.len().min(if in_place { until } else { usize::MAX });
+                // The scratch always has the room to reach the page's end.
+                most.min((scratch.len() - filled).saturating_sub(DIRECT_ALIGN).max(page))
+            };
+            let bytes = &part[..now];
+            if in_place && until == 0 {
+                taken.push(Taken::Place(bytes));
+            } else {
+                scratch[filled..filled + now].copy_from_slice(bytes);
+                match taken.last_mut() {
+                    Some(Taken::Scratch(range)) => range.end += now,
+                    _ => taken.push(Taken::Scratch(filled..filled + now)),
+                }
+                filled += now;
+            }
+            planned += now;
+            self.used += now;
+            if self.used == self.parts[0].len() {
+                (self.parts, self.used) = (&self.parts[1..], 0);
+            }
+            let full = planned >= CALL || scratch.len() - filled < 2 * DIRECT_ALIGN;
+            if full && planned.is_multiple_of(DIRECT_ALIGN) {
+                break;
+            }
+        }
+        (taken, planned)
+    }
 }
 
 impl RealFile {
@@ -91,6 +148,9 @@ impl RealFile {
 impl Aside {
     /// Offset and length in all are multiples of [`DIRECT_ALIGN`].
     fn write(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
+        if parts.iter().all(|p| is_aligned(p) && p.len().is_multiple_of(DIRECT_ALIGN)) {
+            return write_vectored(&self.file, offset, parts);
+        }
         if self.sectors.load(Ordering::Relaxed) {
             match self.write_from(offset, parts, SECTOR) {
                 Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
@@ -102,59 +162,27 @@ impl Aside {
         self.write_from(offset, parts, DIRECT_ALIGN)
     }
 
-    /// Large pieces that stand in memory as they will in the file, counted in `unit`s, are
-    /// written from where they are; the rest is copied.
-    fn write_from(&self, offset: u64, parts: &[&[u8]], unit: usize) -> io::Result<()> {
+    fn write_from(&self, mut offset: u64, parts: &[&[u8]], unit: usize) -> io::Result<()> {
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         scratch.resize(SCRATCH + DIRECT_ALIGN, 0);
         let at = scratch.as_ptr().align_offset(DIRECT_ALIGN);
         let scratch = &mut scratch[at..at + SCRATCH];
-        let (mut to, mut filled, mut planned, mut plan) = (offset, 0usize, 0, Vec::new());
-        for mut part in parts.iter().copied() {
-            while !part.is_empty() {
-                // All but the scratch is whole units: this is the place in the unit of the file.
-                let until = filled.next_multiple_of(unit) - filled;
-                let fits = part.as_ptr().align_offset(unit) == until;
-                let now = match fits && part.len() >= until + IN_PLACE {
-                    true if until == 0 => {
-                        let now = part.len() / unit * unit;
-                        plan.push(Taken::Place(&part[..now]));
-                        now
-                    }
-                    few => {
-                        let now = if few { until } else { part.len().min(SCRATCH - filled) };
-                        scratch[filled..filled + now].copy_from_slice(&part[..now]);
-                        match plan.last_mut() {
-                            Some(Taken::Scratch(range)) => range.end += now,
-                            _ => plan.push(Taken::Scratch(filled..filled + now)),
-                        }
-                        filled += now;
-                        now
-                    }
-                };
-                part = &part[now..];
-                planned += now;
-                if filled.is_multiple_of(unit) && planned >= SCRATCH {
-                    to += self.write_plan(to, &plan, scratch)?;
-                    plan.clear();
-                    (filled, planned) = (0, 0);
-                }
+        let mut cutter = Cutter { parts, used: 0, unit };
+        loop {
+            let (taken, len) = cutter.next(scratch);
+            if len == 0 {
+                return Ok(());
             }
+            let slices: Vec<&[u8]> = taken
+                .iter()
+                .map(|taken| match taken {
+                    Taken::Scratch(range) => &scratch[range.clone()],
+                    Taken::Place(bytes) => bytes,
+                })
+                .collect();
+            write_vectored(&self.file, offset, &slices)?;
+            offset += len as u64;
         }
-        self.write_plan(to, &plan, scratch)?;
-        Ok(())
-    }
-
-    fn write_plan(&self, to: u64, plan: &[Taken<'_>], scratch: &[u8]) -> io::Result<u64> {
-        let slices: Vec<&[u8]> = plan
-            .iter()
-            .map(|from| match from {
-                Taken::Scratch(range) => &scratch[range.clone()],
-                Taken::Place(bytes) => bytes,
-            })
-            .collect();
-        write_vectored(&self.file, to, &slices)?;
-        Ok(slices.iter().map(|s| s.len() as u64).sum())
     }
 }
 
@@ -421,7 +449,8 @@ const SECTOR: usize = 512;
 const IN_PLACE: usize = 4096;
 /// Vectored writes from this size on go past the page cache ([`Open::Disk`]), bytes.
 const LARGE: usize = 256 << 10;
-/// Of one write past the page cache that is copied first, bytes.
+/// Of one call past the page cache, bytes: in all, but for less than a page, and copied first.
+const CALL: usize = 4 << 20;
 const SCRATCH: usize = 1 << 20;
 /// Linux takes at most this many slices in one call (UIO_MAXIOV).
 const IOV_MAX: usize = 1024;
@@ -438,34 +467,80 @@ mod tests {
 
     use super::*;
 
-    /// Pieces of any length and place in memory, some of them where the file will have them.
+    const PARTS: [usize; 9] = [513, 700_000, 4096, 0, 5000, 9_000_000, 1, 300_000, 8191];
+
+    /// Parts of which all but the first lie in memory as they will in the file, but `shift` off;
+    /// whole pages in all.
+    fn parts(memory: &[u8], shift: usize) -> Vec<&[u8]> {
+        let base = memory.as_ptr().align_offset(DIRECT_ALIGN);
+        let (mut parts, mut len) = (Vec::new(), 0);
+        for (i, part) in PARTS.iter().enumerate() {
+            let at = base + i * DIRECT_ALIGN + len % DIRECT_ALIGN + usize::from(i > 0) * shift;
+            parts.push(&memory[at..at + part]);
+            len += part;
+        }
+        parts.push(&memory[base + 77..][..len.next_multiple_of(DIRECT_ALIGN) - len]);
+        parts
+    }
+
+    fn memory() -> Vec<u8> {
+        (0..10u32 << 20).map(|i| (i ^ (i >> 9)) as u8).collect()
+    }
+
+    #[test]
+    fn what_lies_as_in_the_file_is_not_copied_and_every_call_is_whole_pages() {
+        let memory = memory();
+        for (unit, shift, few) in [
+            (SECTOR, 0, true),
+            (SECTOR, 1024, true),
+            (SECTOR, 7, false),
+            (DIRECT_ALIGN, 0, true),
+            (DIRECT_ALIGN, 1024, false),
+        ] {
+            let parts = parts(&memory, shift);
+            let mut cutter = Cutter { parts: &parts, used: 0, unit };
+            let mut scratch = vec![0; 4 * DIRECT_ALIGN];
+            let (mut found, mut copied) = (Vec::new(), 0);
+            loop {
+                let (taken, len) = cutter.next(&mut scratch);
+                if len == 0 {
+                    break;
+                }
+                assert!(len.is_multiple_of(DIRECT_ALIGN) && len < CALL + DIRECT_ALIGN);
+                for taken in taken {
+                    match taken {
+                        Taken::Scratch(range) => {
+                            assert!(range.len().is_multiple_of(unit));
+                            copied += range.len();
+                            found.extend_from_slice(&scratch[range]);
+                        }
+                        Taken::Place(bytes) => {
+                            assert!(bytes.len().is_multiple_of(unit));
+                            assert_eq!(bytes.as_ptr().align_offset(unit), 0);
+                            found.extend_from_slice(bytes);
+                        }
+                    }
+                }
+            }
+            assert!(found == parts.concat());
+            assert_eq!(copied < 100_000, few, "{unit} {shift}: {copied} copied");
+        }
+    }
+
     #[test]
     fn a_large_write_is_the_same_however_its_parts_lie_in_memory() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("image");
-        let memory: Vec<u8> = (0..8u32 << 20).map(|i| (i ^ (i >> 9)) as u8).collect();
-        let base = memory.as_ptr().align_offset(DIRECT_ALIGN);
-        for (round, shift) in [0, 512, 4096, 7, 300].into_iter().enumerate() {
+        let (path, memory) = (dir.path().join("image"), memory());
+        for shift in [0, 512, 4096, 7, 300] {
             std::fs::write(&path, []).unwrap();
             let file = open_real(&path, Open::Disk).unwrap();
-            let mut parts: Vec<&[u8]> = Vec::new();
-            let mut len = 0;
-            // The first is odd; the others begin where the file is at, moved by `shift`.
-            for (i, part) in [513, 700_000, 4096, 0, 5000, 2_000_000, 1, 300_000].iter().enumerate()
-            {
-                let at = base + i * DIRECT_ALIGN + len % DIRECT_ALIGN + usize::from(i > 0) * shift;
-                parts.push(&memory[at..at + part]);
-                len += part;
-            }
-            let end = len.next_multiple_of(DIRECT_ALIGN);
-            parts.push(&memory[base + 77..][..end - len]);
+            let parts = parts(&memory, shift);
             assert!(is_large(DIRECT_ALIGN as u64, &parts));
-            let aside = file.aside.as_ref().unwrap();
-            aside.sectors.store(round % 2 == 0, Ordering::Relaxed);
-            aside.write(DIRECT_ALIGN as u64, &parts).unwrap();
-            let mut found = vec![0; end];
+            file.write_vectored_at(DIRECT_ALIGN as u64, &parts).unwrap();
+            let expect = parts.concat();
+            let mut found = vec![0; expect.len()];
             file.read_exact_at(DIRECT_ALIGN as u64, &mut found).unwrap();
-            assert!(found == parts.concat(), "shift {shift}");
+            assert!(found == expect, "shift {shift}");
         }
     }
 

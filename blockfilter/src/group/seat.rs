@@ -9,7 +9,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use rustix::thread::{sched_getaffinity, sched_getcpu, sched_setaffinity};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 
 /// Moves the thread that made it.
 #[derive(Debug)]
@@ -32,12 +32,8 @@ impl Seat {
         if now < self.decision.due {
             return false;
         }
-        let Some(waited) = self.account.as_ref().and_then(waited_us) else { return false };
-        let go = self.decision.take(now, waited, others);
-        if go {
-            move_over();
-        }
-        go
+        let account = self.account.as_ref().filter(|_| !others);
+        self.decision.take(now, account.and_then(waited_us)) && move_over()
     }
 }
 
@@ -49,15 +45,24 @@ fn waited_us(account: &File) -> Option<u64> {
     Some(text.split_whitespace().nth(1)?.parse::<u64>().ok()? / 1000)
 }
 
-/// To any other processor that it may use.
-fn move_over() {
-    let Ok(allowed) = sched_getaffinity(None) else { return };
+/// To any other processor that it may use. False if there is none.
+fn move_over() -> bool {
+    let Ok(allowed) = sched_getaffinity(None) else { return false };
     let mut others = allowed;
     others.unset(sched_getcpu());
-    if others.count() > 0 && sched_setaffinity(None, &others).is_ok() {
-        // What it may use stays as it was; it fails only if that has changed meanwhile.
+    if others.count() == 0 || sched_setaffinity(None, &others).is_err() {
+        return false;
+    }
+    // All, of which the kernel takes what this thread may use: so processors that are added
+    // later count. Somebody may have chosen fewer for it, though.
+    let mut all = CpuSet::new();
+    (0..CpuSet::MAX_CPU).for_each(|cpu| all.set(cpu));
+    let free = sched_setaffinity(None, &all).and_then(|()| sched_getaffinity(None));
+    if free != Ok(allowed) {
+        // It fails only if that has changed meanwhile.
         let _ = sched_setaffinity(None, &allowed);
     }
+    true
 }
 
 /// When to move. (pure)
@@ -65,19 +70,25 @@ fn move_over() {
 struct Decision {
     /// Next look, monotonic microseconds.
     due: u64,
-    looked: u64,
-    waited: u64,
-    /// The last look moved it.
+    /// The last look: when, and how long the thread had waited.
+    last: Option<(u64, u64)>,
+    /// It moved it.
     moved: bool,
     gap: u64,
 }
 
 impl Decision {
-    fn take(&mut self, now: u64, waited: u64, others: bool) -> bool {
-        let (elapsed, lost) = (now - self.looked, waited.saturating_sub(self.waited));
-        let crowded = lost * CROWDED >= elapsed;
-        (self.looked, self.waited, self.due) = (now, waited, now + LOOK);
-        let go = crowded && !others && !self.moved;
+    /// `waited`: how long the thread was ready and did not run so far; None where that does
+    /// not matter now.
+    fn take(&mut self, now: u64, waited: Option<u64>) -> bool {
+        self.due = now + LOOK;
+        let last = std::mem::replace(&mut self.last, waited.map(|waited| (now, waited)));
+        let (Some((then, before)), Some(waited)) = (last, waited) else {
+            self.moved = false;
+            return false;
+        };
+        let crowded = waited.saturating_sub(before) * CROWDED >= now - then;
+        let go = crowded && !self.moved;
         if !crowded {
             self.gap = LOOK;
         } else if self.moved {
@@ -108,7 +119,7 @@ mod tests {
         while now < 1_000_000 {
             let elapsed = decision.due - now;
             (now, waited) = (decision.due.max(now + 1), waited + elapsed / 2);
-            if decision.take(now, waited, false) {
+            if decision.take(now, Some(waited)) {
                 moves.push(now);
             }
         }
@@ -121,30 +132,36 @@ mod tests {
     fn who_runs_or_has_others_beside_it_stays() {
         let mut decision = Decision::default();
         for round in 1..1000 {
-            assert!(!decision.take(round * LOOK, round * LOOK / 20, false));
+            assert!(!decision.take(round * LOOK, Some(round * LOOK / 20)));
             assert_eq!(decision.due, (round + 1) * LOOK);
         }
-        let mut decision = Decision::default();
-        for round in 1..1000 {
-            assert!(!decision.take(round * LOOK, round * LOOK / 2, true));
-        }
+        // What it waited beside others does not count afterwards.
+        assert!(!decision.take(1_000_000, None));
+        assert!(!decision.take(1_001_000, Some(900_000)));
+        assert!(decision.take(1_002_000, Some(900_500)));
     }
 
     #[test]
     fn a_move_that_helped_makes_the_next_one_as_quick() {
         let mut decision = Decision::default();
-        assert!(decision.take(1000, 500, false));
-        assert!(!decision.take(2000, 500, false));
-        assert!(decision.take(3000, 1000, false));
-        assert_eq!(decision.due, 4000);
+        assert!(!decision.take(1000, Some(0)));
+        assert!(decision.take(2000, Some(500)));
+        assert!(!decision.take(3000, Some(500)));
+        assert!(decision.take(4000, Some(1000)));
+        assert_eq!(decision.due, 5000);
     }
 
     #[test]
     fn a_thread_may_use_what_it_might_before_it_moved() {
         let before = sched_getaffinity(None).unwrap();
-        move_over();
-        let after = sched_getaffinity(None).unwrap();
-        assert!((0..1024).all(|cpu| before.is_set(cpu) == after.is_set(cpu)));
+        assert_eq!(move_over(), before.count() > 1);
+        assert_eq!(sched_getaffinity(None).unwrap(), before);
+        let mut one = CpuSet::new();
+        one.set(sched_getcpu());
+        sched_setaffinity(None, &one).unwrap();
+        assert!(!move_over());
+        assert_eq!(sched_getaffinity(None).unwrap(), one);
+        sched_setaffinity(None, &before).unwrap();
         assert!(waited_us(&File::open("/proc/thread-self/schedstat").unwrap()).is_some());
     }
 }
