@@ -90,14 +90,14 @@ impl<'a> Cutter<'a> {
             let in_place = fits && part.len() >= until + IN_PLACE;
             let page = (planned + 1).next_multiple_of(DIRECT_ALIGN) - planned;
             let now = if in_place && until == 0 {
+                // To a page's end, which the part reaches.
                 let most = part.len().min(CALL.max(planned + page) - planned);
-                // A whole page at its end is better, a whole unit is needed.
-                let pages = (planned + most) / DIRECT_ALIGN * DIRECT_ALIGN;
-                if pages > planned { pages - planned } else { most / self.unit * self.unit }
+                (planned + most) / DIRECT_ALIGN * DIRECT_ALIGN - planned
             } else {
                 let most = part.len().min(if in_place { until } else { usize::MAX });
                 // The scratch always has the room to reach the page's end.
-                most.min((scratch.len() - filled).saturating_sub(DIRECT_ALIGN).max(page))
+                let room = (scratch.len() - filled).saturating_sub(DIRECT_ALIGN);
+                most.min(room.min(CALL.saturating_sub(planned)).max(page))
             };
             let bytes = &part[..now];
             if in_place && until == 0 {
@@ -115,7 +115,9 @@ impl<'a> Cutter<'a> {
             if self.used == self.parts[0].len() {
                 (self.parts, self.used) = (&self.parts[1..], 0);
             }
-            let full = planned >= CALL || scratch.len() - filled < 2 * DIRECT_ALIGN;
+            let full = planned >= CALL
+                || scratch.len() - filled < 2 * DIRECT_ALIGN
+                || taken.len() >= IOV_MAX / 2;
             if full && planned.is_multiple_of(DIRECT_ALIGN) {
                 break;
             }
@@ -449,7 +451,7 @@ const SECTOR: usize = 512;
 const IN_PLACE: usize = 4096;
 /// Vectored writes from this size on go past the page cache ([`Open::Disk`]), bytes.
 const LARGE: usize = 256 << 10;
-/// Of one call past the page cache, bytes: in all, but for less than a page, and copied first.
+/// Of one call past the page cache, bytes: in all, but for less than a page; copied first.
 const CALL: usize = 4 << 20;
 const SCRATCH: usize = 1 << 20;
 /// Linux takes at most this many slices in one call (UIO_MAXIOV).
@@ -499,7 +501,7 @@ mod tests {
         ] {
             let parts = parts(&memory, shift);
             let mut cutter = Cutter { parts: &parts, used: 0, unit };
-            let mut scratch = vec![0; 4 * DIRECT_ALIGN];
+            let mut scratch = vec![0; if shift == 7 { SCRATCH } else { 4 * DIRECT_ALIGN }];
             let (mut found, mut copied) = (Vec::new(), 0);
             loop {
                 let (taken, len) = cutter.next(&mut scratch);
@@ -507,6 +509,7 @@ mod tests {
                     break;
                 }
                 assert!(len.is_multiple_of(DIRECT_ALIGN) && len < CALL + DIRECT_ALIGN);
+                assert!(taken.len() < IOV_MAX);
                 for taken in taken {
                     match taken {
                         Taken::Scratch(range) => {
@@ -525,6 +528,27 @@ mod tests {
             assert!(found == parts.concat());
             assert_eq!(copied < 100_000, few, "{unit} {shift}: {copied} copied");
         }
+    }
+
+    /// Each of the first 1100 pieces is a page in the file, half a page off.
+    #[test]
+    fn a_call_of_many_pieces_ends_on_a_page_too() {
+        let memory = memory();
+        let base = memory.as_ptr().align_offset(DIRECT_ALIGN);
+        let mut parts: Vec<&[u8]> = vec![&memory[base..base + 512]];
+        parts.extend((0..1100).map(|i| &memory[base + 512 + i * 8192..][..4096]));
+        parts.push(&memory[base + 512..][..3584]);
+        let mut cutter = Cutter { parts: &parts, used: 0, unit: SECTOR };
+        let (mut scratch, mut all) = (vec![0; SCRATCH], 0);
+        loop {
+            let (taken, len) = cutter.next(&mut scratch);
+            assert!(taken.len() < IOV_MAX && len.is_multiple_of(DIRECT_ALIGN));
+            all += len;
+            if len == 0 {
+                break;
+            }
+        }
+        assert_eq!(all, parts.iter().map(|p| p.len()).sum::<usize>());
     }
 
     #[test]

@@ -16,6 +16,8 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity}
 pub(super) struct Seat {
     /// The kernel's account of this thread; None where it keeps none.
     account: Option<File>,
+    /// All processors, where nobody had chosen fewer for the thread.
+    chosen: Option<CpuSet>,
     decision: Decision,
 }
 
@@ -23,7 +25,7 @@ impl Seat {
     /// For the calling thread.
     pub(super) fn new() -> Self {
         let account = File::open("/proc/thread-self/schedstat").ok();
-        Self { account, decision: Decision::default() }
+        Self { account, chosen: all_allowed().ok().flatten(), decision: Decision::default() }
     }
 
     /// To be called before a wait, at `now` (monotonic microseconds). `others`: write-back or a
@@ -33,7 +35,7 @@ impl Seat {
             return false;
         }
         let account = self.account.as_ref().filter(|_| !others);
-        self.decision.take(now, account.and_then(waited_us)) && move_over()
+        self.decision.take(now, account.and_then(waited_us)) && move_over(self.chosen)
     }
 }
 
@@ -45,23 +47,37 @@ fn waited_us(account: &File) -> Option<u64> {
     Some(text.split_whitespace().nth(1)?.parse::<u64>().ok()? / 1000)
 }
 
-/// To any other processor that it may use. False if there is none.
-fn move_over() -> bool {
+/// Every processor, of which the kernel takes what a thread may use: so those that are added
+/// later count.
+fn every() -> CpuSet {
+    let mut every = CpuSet::new();
+    (0..CpuSet::MAX_CPU).for_each(|cpu| every.set(cpu));
+    every
+}
+
+/// What this thread may use, if that is all there is.
+fn all_allowed() -> rustix::io::Result<Option<CpuSet>> {
+    let allowed = sched_getaffinity(None)?;
+    sched_setaffinity(None, &every())?;
+    let all = sched_getaffinity(None)?;
+    if all != allowed {
+        sched_setaffinity(None, &allowed)?;
+    }
+    Ok((all == allowed).then_some(all))
+}
+
+/// To any other processor that it may use. False if there is none. `all`: see
+/// [`all_allowed`].
+fn move_over(all: Option<CpuSet>) -> bool {
     let Ok(allowed) = sched_getaffinity(None) else { return false };
     let mut others = allowed;
     others.unset(sched_getcpu());
     if others.count() == 0 || sched_setaffinity(None, &others).is_err() {
         return false;
     }
-    // All, of which the kernel takes what this thread may use: so processors that are added
-    // later count. Somebody may have chosen fewer for it, though.
-    let mut all = CpuSet::new();
-    (0..CpuSet::MAX_CPU).for_each(|cpu| all.set(cpu));
-    let free = sched_setaffinity(None, &all).and_then(|()| sched_getaffinity(None));
-    if free != Ok(allowed) {
-        // It fails only if that has changed meanwhile.
-        let _ = sched_setaffinity(None, &allowed);
-    }
+    let back = if all == Some(allowed) { every() } else { allowed };
+    // It fails only if what is allowed has changed meanwhile.
+    let _ = sched_setaffinity(None, &back);
     true
 }
 
@@ -154,12 +170,14 @@ mod tests {
     #[test]
     fn a_thread_may_use_what_it_might_before_it_moved() {
         let before = sched_getaffinity(None).unwrap();
-        assert_eq!(move_over(), before.count() > 1);
+        let all = all_allowed().unwrap();
+        assert_eq!(move_over(all), before.count() > 1);
         assert_eq!(sched_getaffinity(None).unwrap(), before);
         let mut one = CpuSet::new();
         one.set(sched_getcpu());
         sched_setaffinity(None, &one).unwrap();
-        assert!(!move_over());
+        assert_eq!(all_allowed().unwrap().is_some(), before.count() == 1);
+        assert!(!move_over(None));
         assert_eq!(sched_getaffinity(None).unwrap(), one);
         sched_setaffinity(None, &before).unwrap();
         assert!(waited_us(&File::open("/proc/thread-self/schedstat").unwrap()).is_some());
