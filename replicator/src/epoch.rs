@@ -20,7 +20,8 @@ use zerocopy::FromBytes;
 
 use crate::frame::{FrameParts, Piece};
 use crate::wire::{
-    CodecId, FRAME_EPOCH_END, FRAME_MARK, FRAME_RAW_MAX, FRAME_RECS_MAX, FrameHdr, Kind,
+    CodecId, FRAME_ALIGN, FRAME_EPOCH_END, FRAME_MARK, FRAME_RAW_MAX, FRAME_RECS_MAX, FrameHdr,
+    Kind,
 };
 
 /// A batch inside a buffer that several batches share.
@@ -434,10 +435,6 @@ impl Covered {
     }
 }
 
-/// Uncompressed frames with a payload are a multiple of this long, in bytes: zeroes behind the
-/// last payload make up for it. So the target, which keeps frames one behind the other, can write
-/// them past its page cache from where they are, as long as no others are between them.
-pub const FRAME_ALIGN: usize = 512;
 /// A clock that goes back by up to this holds the labels where they are.
 pub const STEP_BACK_US: u64 = 5 * 60 * 1_000_000;
 

@@ -15,10 +15,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::epoch::FRAME_ALIGN;
 use crate::placed::Placed;
 use crate::wire::{
-    CodecId, FRAME_EPOCH_END, FRAME_JSON_MAX, FRAME_MAGIC, FRAME_MARK, FRAME_RAW_MAX,
+    CodecId, FRAME_ALIGN, FRAME_EPOCH_END, FRAME_JSON_MAX, FRAME_MAGIC, FRAME_MARK, FRAME_RAW_MAX,
     FRAME_RECS_MAX, FrameHdr, Kind, WIRE_VERSION,
 };
 

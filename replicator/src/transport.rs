@@ -505,7 +505,7 @@ impl Channel {
 }
 
 /// Room for a frame. Of a large one, what is written to a sector's start is aligned: the stream's
-/// frames are kept whole ([`crate::epoch::FRAME_ALIGN`]), of the copy's the body.
+/// frames are kept whole ([`crate::wire::FRAME_ALIGN`]), of the copy's the body.
 fn placed(hdr: &FrameHdr) -> Placed {
     let total = hdr.total_len();
     if total < PLACED {

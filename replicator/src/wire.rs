@@ -174,6 +174,10 @@ pub const FRAME_MAGIC: u32 = u32::from_le_bytes(*b"SFFR");
 pub const WIRE_VERSION: u8 = 1;
 /// Most descriptors in a frame.
 pub const FRAME_RECS_MAX: u32 = 4096;
+/// Uncompressed frames with a payload are a multiple of this long, in bytes: zeroes behind the
+/// last payload make up for it. So the target, which keeps frames one behind the other, can write
+/// them past its page cache from where they are, as long as no others are between them.
+pub const FRAME_ALIGN: usize = 512;
 /// Most payload bytes in a frame, before compression (and so stored).
 pub const FRAME_RAW_MAX: u32 = 4 << 20;
 /// Largest JSON body.

@@ -451,8 +451,9 @@ const SECTOR: usize = 512;
 const IN_PLACE: usize = 4096;
 /// Vectored writes from this size on go past the page cache ([`Open::Disk`]), bytes.
 const LARGE: usize = 256 << 10;
-/// Of one call past the page cache, bytes: in all, but for less than a page; copied first.
+/// Of one call past the page cache whose parts are not all aligned, but for less than a page, bytes.
 const CALL: usize = 4 << 20;
+/// Of such a call, what is copied first, bytes.
 const SCRATCH: usize = 1 << 20;
 /// Linux takes at most this many slices in one call (UIO_MAXIOV).
 const IOV_MAX: usize = 1024;
@@ -530,7 +531,7 @@ mod tests {
         }
     }
 
-    /// Each of the first 1100 pieces is a page in the file, half a page off.
+    /// Behind the first sector 1100 pieces of a page each, all a sector off the file's pages.
     #[test]
     fn a_call_of_many_pieces_ends_on_a_page_too() {
         let memory = memory();

@@ -16,8 +16,8 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity}
 pub(super) struct Seat {
     /// The kernel's account of this thread; None where it keeps none.
     account: Option<File>,
-    /// All processors, where nobody had chosen fewer for the thread.
-    chosen: Option<CpuSet>,
+    /// See [`all_allowed`].
+    all: Option<CpuSet>,
     decision: Decision,
 }
 
@@ -25,7 +25,7 @@ impl Seat {
     /// For the calling thread.
     pub(super) fn new() -> Self {
         let account = File::open("/proc/thread-self/schedstat").ok();
-        Self { account, chosen: all_allowed().ok().flatten(), decision: Decision::default() }
+        Self { account, all: all_allowed().ok().flatten(), decision: Decision::default() }
     }
 
     /// To be called before a wait, at `now` (monotonic microseconds). `others`: write-back or a
@@ -35,7 +35,7 @@ impl Seat {
             return false;
         }
         let account = self.account.as_ref().filter(|_| !others);
-        self.decision.take(now, account.and_then(waited_us)) && move_over(self.chosen)
+        self.decision.take(now, account.and_then(waited_us)) && move_over(self.all)
     }
 }
 
@@ -55,7 +55,7 @@ fn every() -> CpuSet {
     every
 }
 
-/// What this thread may use, if that is all there is.
+/// What this thread may use, if nobody chose fewer for it than there are.
 fn all_allowed() -> rustix::io::Result<Option<CpuSet>> {
     let allowed = sched_getaffinity(None)?;
     sched_setaffinity(None, &every())?;
@@ -90,6 +90,7 @@ struct Decision {
     last: Option<(u64, u64)>,
     /// It moved it.
     moved: bool,
+    /// To the look after one that saw no gain, microseconds.
     gap: u64,
 }
 
