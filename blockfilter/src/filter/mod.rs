@@ -21,11 +21,13 @@
 mod admit;
 mod foresee;
 mod poll;
+mod spacing;
 
 use std::collections::VecDeque;
 use std::io;
 
 use self::foresee::Foresee;
+use self::spacing::Spacing;
 use crate::apply::SealedBatch;
 use crate::block::Errno;
 use crate::control::{Mode, Positions};
@@ -186,6 +188,7 @@ pub struct Filter {
     syncing: Option<(u64, u32)>,
     synced: Option<(u64, u32)>,
     checkpoint_at: u64,
+    spacing: Spacing,
     waiters: VecDeque<(u64, u64)>,
     foresee: Foresee,
     pressed: Option<Stall>,
@@ -273,6 +276,7 @@ impl Filter {
         let starts_chunk = open_lsn % config.geometry.chunk == PAGE;
         let chunk_open = !start.open.is_empty() || !starts_chunk;
         let admitted = open_lsn + start.open.len() as u64;
+        let journal = u64::from(config.geometry.slots) * config.geometry.chunk;
         let open = OpenBatch { lsn: open_lsn, fill, descs: start.open, since: now, chunk_open };
         let mut filter = Self {
             config,
@@ -300,6 +304,7 @@ impl Filter {
             syncing: None,
             synced: None,
             checkpoint_at: now,
+            spacing: Spacing::new(journal),
             waiters: VecDeque::new(),
             foresee: Foresee::default(),
             pressed: None,
@@ -600,7 +605,11 @@ impl Filter {
             }
             // Begun before the journal was lost: what the note waits for syncs once more.
             Ok(()) if self.mode == Mode::Unjournaled => {}
-            Ok(()) => self.synced = Some((pos, crc)),
+            Ok(()) => {
+                let full = self.pressed == Some(Stall::Journal);
+                self.spacing.ended(self.open.fill, full);
+                self.synced = Some((pos, crc));
+            }
         }
     }
 
@@ -683,8 +692,6 @@ pub const APPLY_AFTER: u64 = 300_000;
 pub const CHECKPOINT_AFTER: u64 = 1_000_000;
 /// Checkpoint at least this often while writes go on, microseconds.
 pub const CHECKPOINT_AFTER_BUSY: u64 = 10_000_000;
-/// Bytes applied that make a checkpoint due; a quarter of the journal if that is less.
-pub const CHECKPOINT_BYTES: u64 = 8 << 30;
 /// Wait before an apply is tried again after ENOSPC, or the note after an error, microseconds.
 pub const RETRY_AFTER: u64 = 1_000_000;
 /// Most bytes of one apply window.

@@ -1,8 +1,8 @@
 //! What is due: commit, apply, checkpoint, super block, freeze. (pure)
 
 use super::{
-    APPLY_AFTER, Action, CHECKPOINT_AFTER, CHECKPOINT_AFTER_BUSY, CHECKPOINT_BYTES, COMMIT_AFTER,
-    COMMIT_BYTES, Commit, Filter, Marker, Memory, Segment, Stall, Step, WINDOW_MAX,
+    APPLY_AFTER, Action, CHECKPOINT_AFTER, CHECKPOINT_AFTER_BUSY, COMMIT_AFTER, COMMIT_BYTES,
+    Commit, Filter, Marker, Memory, Segment, Stall, Step, WINDOW_MAX,
 };
 use crate::control::Mode;
 use crate::journal::batch::finish_super;
@@ -99,12 +99,6 @@ impl Filter {
         }
     }
 
-    /// What a restart after a power cut may have to replay.
-    fn checkpoint_bytes(&self) -> u64 {
-        let geometry = self.config.geometry;
-        (u64::from(geometry.slots) * geometry.chunk / 4).min(CHECKPOINT_BYTES)
-    }
-
     pub(super) fn poll_commit(&mut self, mem: &mut impl Memory, now: u64) -> Option<Action> {
         if self.commit.is_none() {
             if !self.commit_due(now) {
@@ -184,19 +178,25 @@ impl Filter {
         Some(Action::Apply { to })
     }
 
+    /// Bytes below `reached` that only the target's copy will free.
+    fn kept(&self, reached: u64) -> u64 {
+        u64::from(self.slots.kept_for_shipping(reached)) * self.config.geometry.chunk
+    }
+
     pub(super) fn poll_checkpoint(&mut self, now: u64) -> Option<Action> {
         let reached = self.sync_reached();
         if self.syncing.is_some() || self.applied <= reached || self.failed.contains(&true) {
             return None;
         }
         let due = self.pressed == Some(Stall::Journal)
-            || self.applied - reached >= self.checkpoint_bytes()
+            || self.spacing.is_due(self.applied - reached, || self.kept(reached))
             || now >= self.checkpoint_due()
             || (self.drain && self.applied == self.open.lsn);
         if !due {
             return None;
         }
         self.checkpoint_at = now;
+        self.spacing.begun(reached, self.applied, self.open.fill);
         self.syncing = Some((self.applied, self.applied_crc));
         Some(Action::SyncDisks)
     }

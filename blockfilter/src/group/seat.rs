@@ -5,46 +5,105 @@
 //! the other to sleep, while that other processor has long been idle: it looks for an idle one
 //! only if those that share the cache are little used (`SIS_UTIL`). So this measures how long
 //! the thread was ready to run and did not, and moves it.
+//!
+//! Beside a copy that keeps a small machine busy there is no idle processor to find, and
+//! the scheduler pushes the thread to and fro between the client and the copy. There it
+//! holds a processor where it takes turns, most often with its client, until it has time to
+//! sleep: the copy and write-back then have the other one. It lets go twice a second all the
+//! same, because it does not know with whom.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
+use rustix::time::{ClockId, clock_gettime};
 
-/// Moves the thread that made it.
+/// Moves or holds the thread that made it.
 #[derive(Debug)]
 pub(super) struct Seat {
     /// The kernel's account of this thread; None where it keeps none.
     account: Option<File>,
     /// See [`all_allowed`].
     all: Option<CpuSet>,
+    /// The one processor that it is held on, and what it might use before.
+    held: Option<(CpuSet, CpuSet)>,
     decision: Decision,
+}
+
+/// What else of the group computes on this machine now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Beside {
+    Nothing,
+    WriteBack,
+    /// A connected copy, whether or not something is written back too.
+    Copy,
 }
 
 impl Seat {
     /// For the calling thread.
     pub(super) fn new() -> Self {
         let account = File::open("/proc/thread-self/schedstat").ok();
-        Self { account, all: all_allowed().ok().flatten(), decision: Decision::default() }
+        let all = all_allowed().ok().flatten();
+        Self { account, all, held: None, decision: Decision::default() }
     }
 
-    /// To be called before a wait, at `now` (monotonic microseconds). `others`: write-back or a
-    /// copy runs beside it, so other processors are hardly idle. True if it moved.
-    pub(super) fn look(&mut self, now: u64, others: bool) -> bool {
+    /// To be called before a wait, at `now` (monotonic microseconds). True if it moved.
+    pub(super) fn look(&mut self, now: u64, beside: Beside) -> bool {
         if now < self.decision.due {
             return false;
         }
-        let account = self.account.as_ref().filter(|_| !others);
-        self.decision.take(now, account.and_then(waited_us)) && move_over(self.all)
+        let used = match beside {
+            Beside::WriteBack => None,
+            Beside::Nothing | Beside::Copy => self.account.as_ref().and_then(used),
+        };
+        match self.decision.take(now, beside, used, self.held.is_some()) {
+            Step::Stay => false,
+            Step::Move => move_over(self.all),
+            Step::Hold => {
+                self.hold();
+                false
+            }
+            Step::LetGo => {
+                self.let_go();
+                false
+            }
+        }
+    }
+
+    fn hold(&mut self) {
+        let Ok(allowed) = sched_getaffinity(None) else { return };
+        if !(2..=CROWD_MAX).contains(&allowed.count()) {
+            return;
+        }
+        let mut here = CpuSet::new();
+        here.set(sched_getcpu());
+        if sched_setaffinity(None, &here).is_ok() {
+            self.held = Some((here, back_to(allowed, self.all)));
+        }
+    }
+
+    fn let_go(&mut self) {
+        let Some((here, before)) = self.held.take() else { return };
+        if sched_getaffinity(None).is_ok_and(|now| now == here) {
+            // It fails only if none of them is left, and then the kernel chose already.
+            let _ = sched_setaffinity(None, &before);
+        } else {
+            // Whoever chose others meanwhile is right. The kernel still knows our choice,
+            // and would go back to it, if it was a processor that went away.
+            let _ = all_allowed();
+        }
     }
 }
 
-/// How long the thread of this account was ready to run and did not, microseconds.
-fn waited_us(account: &File) -> Option<u64> {
+/// What this thread has used so far, by its account.
+fn used(account: &File) -> Option<Used> {
     let mut text = [0; 96];
     let len = account.read_at(&mut text, 0).ok()?;
     let text = std::str::from_utf8(&text[..len]).ok()?;
-    Some(text.split_whitespace().nth(1)?.parse::<u64>().ok()? / 1000)
+    let waited = text.split_whitespace().nth(1)?.parse::<u64>().ok()? / 1000;
+    // The account's own figure is as old as the last tick.
+    let ran = clock_gettime(ClockId::ThreadCPUTime);
+    Some(Used { ran: ran.tv_sec as u64 * 1_000_000 + ran.tv_nsec as u64 / 1000, waited })
 }
 
 /// Every processor, of which the kernel takes what a thread may use: so those that are added
@@ -75,36 +134,70 @@ fn move_over(all: Option<CpuSet>) -> bool {
     if others.count() == 0 || sched_setaffinity(None, &others).is_err() {
         return false;
     }
-    let back = if all == Some(allowed) { every() } else { allowed };
     // It fails only if what is allowed has changed meanwhile.
-    let _ = sched_setaffinity(None, &back);
+    let _ = sched_setaffinity(None, &back_to(allowed, all));
     true
 }
 
-/// When to move. (pure)
+/// What to set so that the thread may use `allowed` again.
+fn back_to(allowed: CpuSet, all: Option<CpuSet>) -> CpuSet {
+    if all == Some(allowed) { every() } else { allowed }
+}
+
+/// How long a thread computed, and how long it was ready and did not, microseconds.
+#[derive(Clone, Copy, Debug)]
+struct Used {
+    ran: u64,
+    waited: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Stay,
+    Move,
+    Hold,
+    LetGo,
+}
+
+/// When to move, and when to hold. (pure)
 #[derive(Debug, Default)]
 struct Decision {
     /// Next look, monotonic microseconds.
     due: u64,
-    /// The last look: when, and how long the thread had waited.
-    last: Option<(u64, u64)>,
+    /// The last look that counts: when, beside what, and what was used by then.
+    last: Option<(u64, Beside, Used)>,
     /// It moved it.
     moved: bool,
+    /// Looks for which it was held.
+    turns: u32,
     /// To the look after one that saw no gain, microseconds.
     gap: u64,
 }
 
 impl Decision {
-    /// `waited`: how long the thread was ready and did not run so far; None where that does
-    /// not matter now.
-    fn take(&mut self, now: u64, waited: Option<u64>) -> bool {
-        self.due = now + LOOK;
-        let last = std::mem::replace(&mut self.last, waited.map(|waited| (now, waited)));
-        let (Some((then, before)), Some(waited)) = (last, waited) else {
-            self.moved = false;
-            return false;
+    /// `used`: None where that does not matter now, or is not known.
+    fn take(&mut self, now: u64, beside: Beside, used: Option<Used>, held: bool) -> Step {
+        self.due = now + if beside == Beside::Copy { LOOK_COPY } else { LOOK };
+        let last = std::mem::replace(&mut self.last, used.map(|used| (now, beside, used)));
+        let spent = match (last, used) {
+            (Some((then, with, before)), Some(used)) if with == beside && now > then => {
+                let ran = used.ran.saturating_sub(before.ran);
+                Some((now - then, Used { ran, waited: used.waited.saturating_sub(before.waited) }))
+            }
+            _ => None,
         };
-        let crowded = waited.saturating_sub(before) * CROWDED >= now - then;
+        if beside == Beside::Copy {
+            self.moved = false;
+            return self.hold(spent, held);
+        }
+        if held {
+            return Step::LetGo;
+        }
+        let Some((elapsed, spent)) = spent else {
+            self.moved = false;
+            return Step::Stay;
+        };
+        let crowded = spent.waited * CROWDED >= elapsed;
         let go = crowded && !self.moved;
         if !crowded {
             self.gap = LOOK;
@@ -114,14 +207,40 @@ impl Decision {
             self.due = now + self.gap;
         }
         self.moved = go;
-        go
+        if go { Step::Move } else { Step::Stay }
+    }
+
+    fn hold(&mut self, spent: Option<(u64, Used)>, held: bool) -> Step {
+        self.turns = if held { self.turns + 1 } else { 0 };
+        let Some((elapsed, spent)) = spent else {
+            return if held { Step::LetGo } else { Step::Stay };
+        };
+        // Or what the hypervisor and interrupts took.
+        let slept = elapsed.saturating_sub(spent.ran + spent.waited);
+        // A client that shares the processor takes its half, a program that computes all the
+        // time takes nearly everything.
+        let unfair = spent.waited > spent.ran * UNFAIR;
+        let shares = spent.waited * 4 >= elapsed && slept * 8 < elapsed;
+        match held {
+            false if shares && !unfair => Step::Hold,
+            true if unfair || slept * 3 > elapsed || self.turns >= TURNS_MAX => Step::LetGo,
+            _ => Step::Stay,
+        }
     }
 }
 
 /// Between two looks, microseconds.
 const LOOK: u64 = 1_000;
+/// The same beside a copy, whose turns are longer.
+const LOOK_COPY: u64 = 8_000;
+/// Looks for which it is held at a time.
+const TURNS_MAX: u32 = 64;
 /// Crowded is who waits for a processor one part of so many of the time.
 const CROWDED: u64 = 8;
+/// Waiting so many times as long as computing is more than sharing.
+const UNFAIR: u64 = 3;
+/// Client, filter, write-back and copy: with as many processors each has its own.
+const CROWD_MAX: u32 = 3;
 /// Longest time between two moves that gain nothing, microseconds.
 const GAP_MAX: u64 = 64_000;
 
@@ -129,14 +248,18 @@ const GAP_MAX: u64 = 64_000;
 mod tests {
     use super::*;
 
+    fn waited(waited: u64) -> Option<Used> {
+        Some(Used { ran: 0, waited })
+    }
+
     #[test]
     fn who_waits_for_a_processor_moves_once_and_again_only_after_growing_gaps() {
         let mut decision = Decision::default();
-        let (mut now, mut waited, mut moves) = (0, 0, Vec::new());
+        let (mut now, mut sum, mut moves) = (0, 0, Vec::new());
         while now < 1_000_000 {
             let elapsed = decision.due - now;
-            (now, waited) = (decision.due.max(now + 1), waited + elapsed / 2);
-            if decision.take(now, Some(waited)) {
+            (now, sum) = (decision.due.max(now + 1), sum + elapsed / 2);
+            if decision.take(now, Beside::Nothing, waited(sum), false) == Step::Move {
                 moves.push(now);
             }
         }
@@ -146,26 +269,107 @@ mod tests {
     }
 
     #[test]
-    fn who_runs_or_has_others_beside_it_stays() {
+    fn who_runs_or_has_write_back_beside_it_stays() {
         let mut decision = Decision::default();
         for round in 1..1000 {
-            assert!(!decision.take(round * LOOK, Some(round * LOOK / 20)));
-            assert_eq!(decision.due, (round + 1) * LOOK);
+            let step =
+                decision.take(round * LOOK, Beside::Nothing, waited(round * LOOK / 20), false);
+            assert_eq!((step, decision.due), (Step::Stay, (round + 1) * LOOK));
         }
         // What it waited beside others does not count afterwards.
-        assert!(!decision.take(1_000_000, None));
-        assert!(!decision.take(1_001_000, Some(900_000)));
-        assert!(decision.take(1_002_000, Some(900_500)));
+        let mut take = |now, beside, used| decision.take(now, beside, used, false);
+        assert_eq!(take(1_000_000, Beside::WriteBack, None), Step::Stay);
+        assert_eq!(take(1_001_000, Beside::Nothing, waited(900_000)), Step::Stay);
+        assert_eq!(take(1_002_000, Beside::Nothing, waited(900_500)), Step::Move);
     }
 
     #[test]
     fn a_move_that_helped_makes_the_next_one_as_quick() {
         let mut decision = Decision::default();
-        assert!(!decision.take(1000, Some(0)));
-        assert!(decision.take(2000, Some(500)));
-        assert!(!decision.take(3000, Some(500)));
-        assert!(decision.take(4000, Some(1000)));
-        assert_eq!(decision.due, 5000);
+        let mut take =
+            |now, sum| (decision.take(now, Beside::Nothing, waited(sum), false), decision.due);
+        assert_eq!(take(1000, 0).0, Step::Stay);
+        assert_eq!(take(2000, 500).0, Step::Move);
+        assert_eq!(take(3000, 500).0, Step::Stay);
+        assert_eq!(take(4000, 1000), (Step::Move, 5000));
+    }
+
+    /// Looks beside a copy, each after `LOOK_COPY`, of which so much in a hundred was computed
+    /// and waited; what is told is done.
+    fn beside_copy(decision: &mut Decision, parts: &[(u64, u64)]) -> Vec<Step> {
+        let (mut now, mut used, mut held) = (0, Used { ran: 0, waited: 0 }, false);
+        decision.take(now, Beside::Copy, Some(used), held);
+        let mut steps = Vec::new();
+        for (ran, waited) in parts {
+            now += LOOK_COPY;
+            used.ran += LOOK_COPY * ran / 100;
+            used.waited += LOOK_COPY * waited / 100;
+            let step = decision.take(now, Beside::Copy, Some(used), held);
+            held = step == Step::Hold || held && step != Step::LetGo;
+            steps.push(step);
+        }
+        steps
+    }
+
+    #[test]
+    fn beside_a_copy_it_holds_a_processor_that_it_shares_until_it_sleeps_or_starves() {
+        let steps = [
+            ((95, 0), Step::Stay),
+            ((75, 20), Step::Stay),
+            ((50, 35), Step::Stay),
+            ((10, 90), Step::Stay),
+            ((45, 50), Step::Hold),
+            ((70, 0), Step::Stay),
+            ((40, 20), Step::LetGo),
+            ((70, 26), Step::Hold),
+            ((10, 90), Step::LetGo),
+        ];
+        let (parts, expected): (Vec<_>, Vec<_>) = steps.into_iter().unzip();
+        assert_eq!(beside_copy(&mut Decision::default(), &parts), expected);
+    }
+
+    #[test]
+    fn what_is_held_is_let_go_now_and_then_and_when_the_copy_or_the_account_is_gone() {
+        let mut decision = Decision::default();
+        let steps = beside_copy(&mut decision, &[(50, 50); 200]);
+        let turns = usize::try_from(TURNS_MAX).unwrap();
+        assert_eq!(
+            (steps[0], steps[turns], steps[turns + 1]),
+            (Step::Hold, Step::LetGo, Step::Hold)
+        );
+        assert_eq!(steps.iter().filter(|s| **s == Step::LetGo).count(), 200 / (turns + 1));
+        assert_eq!(decision.take(1 << 40, Beside::Copy, None, true), Step::LetGo);
+        for after in [Beside::Nothing, Beside::WriteBack] {
+            assert_eq!(decision.take(1 << 41, after, waited(900_000), true), Step::LetGo);
+            assert_eq!(decision.take(1 << 42, after, None, false), Step::Stay);
+        }
+    }
+
+    /// The processors that this thread may use while it tests: two, if there are as many.
+    fn two() -> (CpuSet, CpuSet) {
+        let before = sched_getaffinity(None).unwrap();
+        let mut two = CpuSet::new();
+        (0..CpuSet::MAX_CPU).filter(|c| before.is_set(*c)).take(2).for_each(|c| two.set(c));
+        sched_setaffinity(None, &two).unwrap();
+        (before, two)
+    }
+
+    #[test]
+    fn a_thread_that_was_held_may_use_what_it_might_before_but_for_what_others_chose() {
+        let (before, allowed) = two();
+        let mut seat = Seat::new();
+        seat.hold();
+        assert_eq!(seat.held.is_some(), allowed.count() == 2);
+        assert_eq!(sched_getaffinity(None).unwrap().count(), 1);
+        seat.let_go();
+        assert_eq!(sched_getaffinity(None).unwrap(), allowed);
+        let mut one = CpuSet::new();
+        one.set(sched_getcpu());
+        seat.held = Some((allowed, allowed));
+        sched_setaffinity(None, &one).unwrap();
+        seat.let_go();
+        assert_eq!(sched_getaffinity(None).unwrap(), one);
+        sched_setaffinity(None, &before).unwrap();
     }
 
     #[test]
@@ -181,6 +385,6 @@ mod tests {
         assert!(!move_over(None));
         assert_eq!(sched_getaffinity(None).unwrap(), one);
         sched_setaffinity(None, &before).unwrap();
-        assert!(waited_us(&File::open("/proc/thread-self/schedstat").unwrap()).is_some());
+        assert!(used(&File::open("/proc/thread-self/schedstat").unwrap()).is_some());
     }
 }

@@ -18,7 +18,7 @@ use rustix::time::Timespec;
 
 use super::conn::{Conn, Progress, Shared};
 use super::ctl::{Ask, Ctl};
-use super::seat::Seat;
+use super::seat::{Beside, Seat};
 use super::undrained;
 use super::volume::{Volume, VolumeEvent};
 use crate::config::{GroupConfig, GroupPaths};
@@ -171,8 +171,12 @@ impl Server {
     fn wait(&mut self, ready: &mut Vec<epoll::Event>) -> io::Result<()> {
         let start = self.clock.mono_us();
         let due = self.due(start);
-        let others = self.volume.is_applying() || self.ctls.values().any(Ctl::follows);
-        if self.seat.look(start, others) {
+        let beside = match self.volume.is_applying() {
+            _ if self.ctls.values().any(Ctl::follows) => Beside::Copy,
+            true => Beside::WriteBack,
+            false => Beside::Nothing,
+        };
+        if self.seat.look(start, beside) {
             self.spin = Spin::default();
         }
         if due > start && self.spin.begin() {
