@@ -22,6 +22,8 @@ mod admit;
 mod foresee;
 mod poll;
 mod spacing;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::io;

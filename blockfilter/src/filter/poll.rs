@@ -44,7 +44,7 @@ impl Filter {
         if self.apply_limit() > self.applied && self.apply.is_none() {
             at((self.applied_at + APPLY_AFTER).max(self.retry_apply_at));
         }
-        if self.applied > self.sync_reached() && self.syncing.is_none() {
+        if self.applied > self.sync_reached() && !self.is_checkpointing() {
             at(self.checkpoint_due());
         }
         due
@@ -178,14 +178,20 @@ impl Filter {
         Some(Action::Apply { to })
     }
 
-    /// Bytes below `reached` that only the target's copy will free.
+    /// The disks are synced, or the super block that says so is not durable yet: until it is,
+    /// no slot is free again, and another checkpoint would come too early.
+    fn is_checkpointing(&self) -> bool {
+        self.syncing.is_some() || self.synced.is_some()
+    }
+
+    /// Bytes below `reached`, a durable checkpoint, that only the target's copy will free.
     fn kept(&self, reached: u64) -> u64 {
         u64::from(self.slots.kept_for_shipping(reached)) * self.config.geometry.chunk
     }
 
     pub(super) fn poll_checkpoint(&mut self, now: u64) -> Option<Action> {
         let reached = self.sync_reached();
-        if self.syncing.is_some() || self.applied <= reached || self.failed.contains(&true) {
+        if self.is_checkpointing() || self.applied <= reached || self.failed.contains(&true) {
             return None;
         }
         let due = self.pressed == Some(Stall::Journal)

@@ -58,7 +58,8 @@ impl Spacing {
         let due = u128::from(self.journal) * 3 / 4 * u128::from(covered) / filled;
         let most = (self.journal / 2).min(MOST);
         let due = u64::try_from(due).unwrap_or(most).clamp(least(self.journal), most);
-        // Where clients paused meanwhile nobody knows whether it was quick.
+        // Where clients paused meanwhile nobody knows whether it was quick; and where it was over
+        // before much came, little is gained.
         let paused = admitted - before < covered / 16;
         self.due = if paused { due.min(self.due) } else { due };
     }
@@ -77,10 +78,15 @@ mod tests {
 
     const GIB: u64 = 1 << 30;
 
-    /// One that covers so much, with a tenth behind it when it begins, and so much when it ends.
+    /// One that covers so much, with so much behind it when it ends.
     fn end(spacing: &mut Spacing, covered: u64, behind: u64) -> u64 {
+        end_with(spacing, covered, 0, behind)
+    }
+
+    /// The same, with `backlog` behind it when it begins.
+    fn end_with(spacing: &mut Spacing, covered: u64, backlog: u64, behind: u64) -> u64 {
         let (from, to) = (100 * GIB, 100 * GIB + covered);
-        spacing.begun(from, to, to + behind.min(covered / 10));
+        spacing.begun(from, to, to + backlog);
         spacing.ended(to + behind, false);
         spacing.due
     }
@@ -102,8 +108,10 @@ mod tests {
         assert_eq!(end(&mut spacing, 2 * GIB, GIB / 9), 2 * GIB);
         assert_eq!(end(&mut spacing, 2 * GIB, GIB), 4 * GIB);
         assert_eq!(end(&mut spacing, 2 * GIB, 0), 4 * GIB);
+        // What waited to be written back already when it began fills the journal all the same.
+        assert_eq!(end_with(&mut spacing, 2 * GIB, 2 * GIB, 2 * GIB), 3 * GIB);
         spacing.ended(0, true);
-        assert_eq!(spacing.due, 4 * GIB, "none was running");
+        assert_eq!(spacing.due, 3 * GIB, "none was running");
     }
 
     #[test]

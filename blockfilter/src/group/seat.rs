@@ -87,11 +87,11 @@ impl Seat {
         if sched_getaffinity(None).is_ok_and(|now| now == here) {
             // It fails only if none of them is left, and then the kernel chose already.
             let _ = sched_setaffinity(None, &before);
-        } else {
-            // Whoever chose others meanwhile is right. The kernel still knows our choice,
-            // and would go back to it, if it was a processor that went away.
-            let _ = all_allowed();
+        } else if let Ok(Some(_)) = all_allowed() {
+            // The kernel chose, since our processor went away, and would go back to it.
+            let _ = sched_setaffinity(None, &before);
         }
+        // Whoever chose others meanwhile is right.
     }
 }
 

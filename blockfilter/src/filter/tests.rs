@@ -1,0 +1,99 @@
+//! The filter alone: everything that it asks for happens at once, but for the syncs of the disks.
+
+use zerocopy::FromZeros;
+
+use super::*;
+
+struct Nothing;
+
+impl Memory for Nothing {
+    fn fill(&mut self, _: u64, _: &[u8]) {}
+    fn freeze(&mut self, _: u64) {}
+    fn publish(&mut self, _: u64) {}
+    fn release(&mut self, _: u64, _: u32, _: u64) {}
+}
+
+const MIB: u64 = 1 << 20;
+const NOW: u64 = 1;
+
+/// With a journal of 16 chunks of 1 MiB that the target has nothing of.
+fn filter(mode: u8) -> Filter {
+    let geometry = ChunkGeometry { chunk: MIB, slots: 16 };
+    let first = geometry.normal(0);
+    let mut sup = JournalSuper::new_zeroed();
+    (sup.mode, sup.checkpoint, sup.ship_floor) = (mode, first.into(), first.into());
+    let start = Start {
+        sup,
+        slots: Slots::new(geometry, Default::default()),
+        applied: first,
+        applied_crc: 0,
+        durable: first,
+        sealed: Vec::new(),
+        open: Vec::new(),
+        unjournaled: false,
+    };
+    Filter::new(FilterConfig { geometry, arena: 4 * MIB }, start, NOW)
+}
+
+/// Does what the filter asks for until it asks for nothing or for a sync of the disks: then true.
+fn settle(filter: &mut Filter) -> bool {
+    while let Some(action) = filter.poll_action(&mut Nothing, NOW) {
+        match action {
+            Action::JournalWrite { .. } => filter.handle_journal_write(&Ok(())),
+            Action::JournalSync | Action::JournalCommit { .. } => {
+                filter.handle_journal_sync(&Ok(()));
+            }
+            Action::Apply { .. } => filter.handle_apply(Ok(()), &mut Nothing, NOW),
+            Action::WriteSuper(_) => filter.handle_write_super(&Ok(())),
+            Action::SyncDisks => return true,
+            Action::MarkUnjournaled => unreachable!("the journal works"),
+        }
+    }
+    false
+}
+
+/// One record of 64 KiB; false if it has to wait.
+fn write(filter: &mut Filter) -> bool {
+    let payload = &[7; 64 << 10];
+    let len = payload.len() as u32;
+    let rec = NewRecord { op: RecOp::Write, flags: 0, disk: 0, offset: 0, len, payload };
+    filter.admit(&rec, &mut Nothing, NOW).is_ok()
+}
+
+/// How many MiB were written back between one checkpoint and the next, while each takes as long
+/// as so many MiB do.
+fn distances(mut filter: Filter, during: &[u64]) -> Vec<u64> {
+    let mut reached = filter.positions(NOW).checkpoint.0;
+    let distance = |during: &u64| {
+        while !settle(&mut filter) {
+            assert!(write(&mut filter), "nothing is full yet");
+        }
+        let before = std::mem::replace(&mut reached, filter.positions(NOW).applied.0);
+        for _ in 0..during * 16 {
+            if !write(&mut filter) {
+                break;
+            }
+            assert!(!settle(&mut filter), "one sync at a time");
+        }
+        filter.handle_sync_disks(Ok(()), &mut Nothing);
+        (reached - before) / MIB
+    };
+    during.iter().map(distance).collect()
+}
+
+#[test]
+fn a_quick_checkpoint_makes_the_next_one_wait_for_half_of_the_journal() {
+    assert_eq!(distances(filter(MODE_NEW), &[2, 2, 2]), [4, 8, 8]);
+}
+
+#[test]
+fn after_one_that_filled_the_journal_a_quarter_makes_the_next_one_due() {
+    let found = distances(filter(MODE_NEW), &[2, 20, 0, 0]);
+    // The third is due for what came during the second.
+    assert_eq!((found[0], found[1], found[3]), (4, 8, 4));
+}
+
+#[test]
+fn what_is_kept_for_the_target_leaves_no_room_for_rarer_checkpoints() {
+    assert_eq!(distances(filter(MODE_SHIPPING), &[2, 2]), [4, 4]);
+}
