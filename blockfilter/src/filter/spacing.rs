@@ -3,7 +3,7 @@
 //! A checkpoint writes each block once that was written since the last one, so the farther apart
 //! they are the less the disks have to do; but while one runs, clients go on writing to the
 //! journal, and it must not fill up meanwhile. So they are half of the journal apart where
-//! the last one was quick, and a quarter where it was slow or nothing is known. PostgreSQL spaces
+//! the last one was quick, a quarter where it was slow or nothing is known, else between. PostgreSQL spaces
 //! its checkpoints by a share of `max_wal_size` for the same reason.
 
 /// Where the next checkpoint is due.

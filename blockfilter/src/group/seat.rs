@@ -88,10 +88,10 @@ impl Seat {
             // It fails only if none of them is left, and then the kernel chose already.
             let _ = sched_setaffinity(None, &before);
         } else if let Ok(Some(_)) = all_allowed() {
-            // The kernel chose, since our processor went away, and would go back to it.
+            // The kernel chose, since our processor went away, and would go back to it. Whoever
+            // chose fewer meanwhile is right.
             let _ = sched_setaffinity(None, &before);
         }
-        // Whoever chose others meanwhile is right.
     }
 }
 

@@ -171,10 +171,12 @@ impl Server {
     fn wait(&mut self, ready: &mut Vec<epoll::Event>) -> io::Result<()> {
         let start = self.clock.mono_us();
         let due = self.due(start);
-        let beside = match self.volume.is_applying() {
-            _ if self.ctls.values().any(Ctl::follows) => Beside::Copy,
-            true => Beside::WriteBack,
-            false => Beside::Nothing,
+        let beside = if self.ctls.values().any(Ctl::follows) {
+            Beside::Copy
+        } else if self.volume.is_applying() {
+            Beside::WriteBack
+        } else {
+            Beside::Nothing
         };
         if self.seat.look(start, beside) {
             self.spin = Spin::default();
