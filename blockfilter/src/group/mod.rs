@@ -4,6 +4,7 @@
 //! [`conn`] speaks NBD on one connection; [`serve`] is the loop: wait, let every ready
 //! connection do its requests, let the volume take a turn, send the answers.
 
+mod awake;
 pub mod conn;
 pub mod ctl;
 mod landing;

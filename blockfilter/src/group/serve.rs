@@ -16,6 +16,7 @@ use rustix::event::epoll;
 use rustix::net::sockopt;
 use rustix::time::Timespec;
 
+use super::awake::Awake;
 use super::conn::{Conn, Progress, Shared};
 use super::ctl::{Ask, Ctl};
 use super::seat::{Beside, Seat};
@@ -46,6 +47,7 @@ pub struct Server {
     stopping: Option<(u64, bool)>,
     spin: Spin,
     seat: Seat,
+    awake: Awake,
     alone: Alone,
 }
 
@@ -127,6 +129,7 @@ impl Server {
             stopping: None,
             spin: Spin::default(),
             seat: Seat::new(),
+            awake: Awake::new(),
             alone: Alone::default(),
         })
     }
@@ -150,6 +153,9 @@ impl Server {
                     }
                 }
             }
+            if !touched.is_empty() {
+                self.awake.heard();
+            }
             let alone = self.alone.is(now);
             self.volume.set_alone(alone);
             if alone && self.volume.is_awaited() {
@@ -170,6 +176,7 @@ impl Server {
     /// Waits for something to do: awake for as long as that was worth it lately.
     fn wait(&mut self, ready: &mut Vec<epoll::Event>) -> io::Result<()> {
         let start = self.clock.mono_us();
+        self.awake.look(start);
         let due = self.due(start);
         let beside = if self.ctls.values().any(Ctl::follows) {
             Beside::Copy
@@ -181,6 +188,7 @@ impl Server {
         if self.seat.look(start, beside) {
             self.spin = Spin::default();
         }
+
         if due > start && self.spin.begin() {
             let until = due.min(start + SPIN_MAX);
             let mut before = start;
@@ -215,7 +223,7 @@ impl Server {
     /// When something is due though nothing happens; monotonic microseconds.
     fn due(&self, now: u64) -> u64 {
         let ctl = self.ctls.values().filter_map(Ctl::deadline).min();
-        let due = self.volume.timeout().into_iter().chain(ctl).min();
+        let due = self.volume.timeout().into_iter().chain(ctl).chain(self.awake.due()).min();
         due.unwrap_or(u64::MAX).min(now + SWEEP_EVERY)
     }
 
