@@ -170,7 +170,7 @@ pub(crate) const CELLS: &[Cell] = &[
         load: &["--rw=write", "--bs=1m", "--iodepth=4"],
         unit: Unit::Mib,
         subjects: &[Down, NbdkitFile, Replicating, Serve, NbdkitMemory, QemuThreads],
-        journal_mib: 2000,
+        journal_mib: 2600,
         seconds_max: LONG,
     },
     Cell {

@@ -29,6 +29,8 @@ use crate::engine::Clock;
 /// A filter process's state.
 #[derive(Debug)]
 pub struct Server {
+    /// First: it is given up before the volume waits for what is under way.
+    awake: Awake,
     volume: Volume,
     shared: Shared,
     clock: Arc<dyn Clock>,
@@ -47,7 +49,6 @@ pub struct Server {
     stopping: Option<(u64, bool)>,
     spin: Spin,
     seat: Seat,
-    awake: Awake,
     alone: Alone,
 }
 
@@ -113,6 +114,7 @@ impl Server {
         let exports = config.disks.iter().map(|d| config.export(&d.disk)).collect();
         let shared = Shared::new(exports, config.arena_bytes / 2);
         Ok(Self {
+            awake: Awake::new(),
             volume,
             shared,
             clock,
@@ -129,7 +131,6 @@ impl Server {
             stopping: None,
             spin: Spin::default(),
             seat: Seat::new(),
-            awake: Awake::new(),
             alone: Alone::default(),
         })
     }
@@ -153,9 +154,6 @@ impl Server {
                     }
                 }
             }
-            if !touched.is_empty() {
-                self.awake.heard();
-            }
             let alone = self.alone.is(now);
             self.volume.set_alone(alone);
             if alone && self.volume.is_awaited() {
@@ -175,8 +173,8 @@ impl Server {
 
     /// Waits for something to do: awake for as long as that was worth it lately.
     fn wait(&mut self, ready: &mut Vec<epoll::Event>) -> io::Result<()> {
+        self.awake.look(self.clock.mono_us());
         let start = self.clock.mono_us();
-        self.awake.look(start);
         let due = self.due(start);
         let beside = if self.ctls.values().any(Ctl::follows) {
             Beside::Copy
@@ -298,6 +296,7 @@ impl Server {
     fn ready(&mut self, id: u64, flags: epoll::EventFlags, now: u64) {
         if let Some((_, interest)) = self.conns.get(&id) {
             self.alone.saw(id, now);
+            self.awake.heard();
             let reads = interest & epoll::EventFlags::IN.bits() != 0;
             if !reads && flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::ERR) {
                 // Nobody waits for the answer; what is not admitted never happens (I12).
