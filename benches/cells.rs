@@ -170,7 +170,7 @@ pub(crate) const CELLS: &[Cell] = &[
         load: &["--rw=write", "--bs=1m", "--iodepth=4"],
         unit: Unit::Mib,
         subjects: &[Down, NbdkitFile, Replicating, Serve, NbdkitMemory, QemuThreads],
-        journal_mib: 2600,
+        journal_mib: 3300,
         seconds_max: LONG,
     },
     Cell {
