@@ -37,7 +37,7 @@ impl Awake {
         Self { device, request: None, decision: Decision::default() }
     }
 
-    /// Messages of a client came. To be called once for all that came together.
+    /// A connection of a client has something to do. To be called once a wait and connection.
     pub(super) fn heard(&mut self) {
         self.decision.heard += 1;
     }
