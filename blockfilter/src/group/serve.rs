@@ -186,7 +186,6 @@ impl Server {
         if self.seat.look(start, beside) {
             self.spin = Spin::default();
         }
-
         if due > start && self.spin.begin() {
             let until = due.min(start + SPIN_MAX);
             let mut before = start;
