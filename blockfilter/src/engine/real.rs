@@ -452,7 +452,9 @@ const IN_PLACE: usize = 4096;
 /// Vectored writes from this size on go past the page cache ([`Open::Disk`]), bytes.
 const LARGE: usize = 256 << 10;
 /// Of one call past the page cache whose parts are not all aligned, but for less than a page, bytes.
-const CALL: usize = 4 << 20;
+/// What others want of the device meanwhile, say a commit where target and source share one, waits
+/// behind it.
+const CALL: usize = 256 << 10;
 /// Of such a call, what is copied first, bytes.
 const SCRATCH: usize = 1 << 20;
 /// Linux takes at most this many slices in one call (UIO_MAXIOV).

@@ -141,7 +141,7 @@ pub struct Volume {
     journal_error: Option<String>,
     /// See [`Volume::set_alone`], and until when it is not acted upon.
     alone: bool,
-    not_here_until: u64,
+    here: Here,
     writes: u64,
     write_bytes: u64,
 }
@@ -182,7 +182,7 @@ impl Volume {
             errors: vec![None; count],
             journal_error: None,
             alone: false,
-            not_here_until: 0,
+            here: Here::default(),
             writes: 0,
             write_bytes: 0,
         }
@@ -370,7 +370,7 @@ impl Volume {
                 let op = Op::JournalCommit { at, pos, len };
                 if self.alone
                     && self.filter.commits_at_once()
-                    && self.clock.mono_us() >= self.not_here_until
+                    && self.here.may(self.clock.mono_us())
                 {
                     self.commit_here(op);
                     return;
@@ -390,10 +390,7 @@ impl Volume {
     fn commit_here(&mut self, op: Op) {
         let before = self.clock.mono_us();
         self.done.push(self.target.execute(op));
-        let after = self.clock.mono_us();
-        if after - before > HERE_MAX {
-            self.not_here_until = after + HERE_PAUSE;
-        }
+        self.here.took(before, self.clock.mono_us());
     }
 
     fn handle(&mut self, done: Done, events: &mut Vec<VolumeEvent>, now: u64) {
@@ -625,6 +622,27 @@ fn merge_extents(pieces: &[Piece], from_disk: Vec<Vec<Extent>>) -> Vec<Extent> {
     merged
 }
 
+/// When commits are made in the group's thread. (pure)
+#[derive(Debug, Default)]
+struct Here {
+    /// Not before, monotonic microseconds.
+    from: u64,
+}
+
+impl Here {
+    fn may(&self, now: u64) -> bool {
+        now >= self.from
+    }
+
+    /// One was made there, between these times.
+    fn took(&mut self, before: u64, after: u64) {
+        let took = after.saturating_sub(before);
+        if took > HERE_MAX {
+            self.from = after + took * HERE_PAUSE;
+        }
+    }
+}
+
 /// Most bytes of a disk with unapplied writes that one question for extents is answered for.
 const EXTENTS_BYTES: u64 = 64 << 20;
 /// What a question for extents counts, bytes: more than its pieces and the longest answer in both
@@ -639,12 +657,31 @@ pub const SPACE_MARGIN: u64 = 16 << 20;
 const SPACE_CHECK_EVERY: u64 = 50_000;
 /// A commit in the group's thread that took longer than this, microseconds, ...
 const HERE_MAX: u64 = 5_000;
-/// ... lets the engine do them for so long.
-const HERE_PAUSE: u64 = 1_000_000;
+/// ... lets the engine do them for so many times as long: slow ones keep the thread for a
+/// sixteenth of the time at most.
+const HERE_PAUSE: u64 = 15;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn slow_commits_keep_the_thread_for_a_sixteenth_of_the_time_at_most() {
+        let (mut here, mut now, mut kept) = (Here::default(), 0, 0);
+        for took in [200, HERE_MAX, HERE_MAX + 1, 7_000, 2_000_000] {
+            here.took(now, now + took);
+            now += took;
+            let slow = took > HERE_MAX;
+            assert_eq!(here.may(now), !slow);
+            if slow {
+                kept += took;
+                assert!(!here.may(now + took * 14));
+                now += took * HERE_PAUSE;
+                assert!(here.may(now));
+            }
+        }
+        assert!(kept * 16 <= now);
+    }
 
     #[test]
     fn what_follows_an_answer_that_ended_early_is_not_told() {
