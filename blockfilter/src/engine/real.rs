@@ -115,9 +115,7 @@ impl<'a> Cutter<'a> {
             if self.used == self.parts[0].len() {
                 (self.parts, self.used) = (&self.parts[1..], 0);
             }
-            let full = planned >= CALL
-                || scratch.len() - filled < 2 * DIRECT_ALIGN
-                || taken.len() >= IOV_MAX / 2;
+            let full = planned >= CALL || scratch.len() - filled < 2 * DIRECT_ALIGN;
             if full && planned.is_multiple_of(DIRECT_ALIGN) {
                 break;
             }
@@ -451,12 +449,13 @@ const SECTOR: usize = 512;
 const IN_PLACE: usize = 4096;
 /// Vectored writes from this size on go past the page cache ([`Open::Disk`]), bytes.
 const LARGE: usize = 256 << 10;
-/// Of one call past the page cache whose parts are not all aligned, but for less than a page, bytes.
-/// What others want of the device meanwhile, say a commit where target and source share one, waits
-/// behind it.
-const CALL: usize = 256 << 10;
-/// Of such a call, what is copied first, bytes.
-const SCRATCH: usize = 1 << 20;
+/// Most bytes of one call past the page cache whose parts are not all aligned: a frame of 256 KiB with
+/// its head. What others want of the device, say a commit where target and source share one, waits
+/// behind it. Whole pages, and its pieces fit into one call: each that is not copied ends on a page.
+const CALL: usize = 320 << 10;
+const _: () = assert!(CALL.is_multiple_of(DIRECT_ALIGN) && 2 * CALL / DIRECT_ALIGN < IOV_MAX);
+/// What can be copied first of such a call, bytes: all of it, and the room to reach a page's end.
+const SCRATCH: usize = CALL + 2 * DIRECT_ALIGN;
 /// Linux takes at most this many slices in one call (UIO_MAXIOV).
 const IOV_MAX: usize = 1024;
 
@@ -511,7 +510,7 @@ mod tests {
                 if len == 0 {
                     break;
                 }
-                assert!(len.is_multiple_of(DIRECT_ALIGN) && len < CALL + DIRECT_ALIGN);
+                assert!(len.is_multiple_of(DIRECT_ALIGN) && len <= CALL);
                 assert!(taken.len() < IOV_MAX);
                 for taken in taken {
                     match taken {

@@ -386,7 +386,7 @@ impl Volume {
     }
 
     /// Commits in this thread: with one client, which waits or is about to, handing the work
-    /// over and back costs more than it gains. Not after the journal was slow.
+    /// over and back costs more than it gains. Not where [`Here`] says that it was slow lately.
     fn commit_here(&mut self, op: Op) {
         let before = self.clock.mono_us();
         self.done.push(self.target.execute(op));
@@ -638,7 +638,7 @@ impl Here {
     fn took(&mut self, before: u64, after: u64) {
         let took = after.saturating_sub(before);
         if took > HERE_MAX {
-            self.from = after + took * HERE_PAUSE;
+            self.from = after + (took * HERE_PAUSE).clamp(HERE_PAUSE_MIN, HERE_PAUSE_MAX);
         }
     }
 }
@@ -657,9 +657,12 @@ pub const SPACE_MARGIN: u64 = 16 << 20;
 const SPACE_CHECK_EVERY: u64 = 50_000;
 /// A commit in the group's thread that took longer than this, microseconds, ...
 const HERE_MAX: u64 = 5_000;
-/// ... lets the engine do them for so many times as long: slow ones keep the thread for a
-/// sixteenth of the time at most.
+/// ... lets the engine do them for so many times as long: such ones keep the thread for a
+/// sixteenth of the time at most, ...
 const HERE_PAUSE: u64 = 15;
+/// ... but at least for so long, and, where the journal hung for seconds, at most, microseconds.
+const HERE_PAUSE_MIN: u64 = 250_000;
+const HERE_PAUSE_MAX: u64 = 60_000_000;
 
 #[cfg(test)]
 mod tests {
@@ -668,19 +671,21 @@ mod tests {
     #[test]
     fn slow_commits_keep_the_thread_for_a_sixteenth_of_the_time_at_most() {
         let (mut here, mut now, mut kept) = (Here::default(), 0, 0);
-        for took in [200, HERE_MAX, HERE_MAX + 1, 7_000, 2_000_000] {
+        for took in [200, HERE_MAX, HERE_MAX + 1, 7_000, 40_000, 2_000_000] {
             here.took(now, now + took);
             now += took;
             let slow = took > HERE_MAX;
             assert_eq!(here.may(now), !slow);
             if slow {
                 kept += took;
-                assert!(!here.may(now + took * 14));
-                now += took * HERE_PAUSE;
+                assert!(!here.may(now + (took * 14).max(249_999)));
+                now += (took * 15).max(250_000);
                 assert!(here.may(now));
             }
         }
         assert!(kept * 16 <= now);
+        here.took(now, now + 3_600_000_000);
+        assert!(here.may(now + 3_660_000_000));
     }
 
     #[test]
