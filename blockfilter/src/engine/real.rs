@@ -91,13 +91,13 @@ impl<'a> Cutter<'a> {
             let page = (planned + 1).next_multiple_of(DIRECT_ALIGN) - planned;
             let now = if in_place && until == 0 {
                 // To a page's end, which the part reaches.
-                let most = part.len().min(CALL.max(planned + page) - planned);
+                let most = part.len().min(CALL - planned);
                 (planned + most) / DIRECT_ALIGN * DIRECT_ALIGN - planned
             } else {
                 let most = part.len().min(if in_place { until } else { usize::MAX });
                 // The scratch always has the room to reach the page's end.
                 let room = (scratch.len() - filled).saturating_sub(DIRECT_ALIGN);
-                most.min(room.min(CALL.saturating_sub(planned)).max(page))
+                most.min(room.min(CALL - planned).max(page))
             };
             let bytes = &part[..now];
             if in_place && until == 0 {
