@@ -109,6 +109,9 @@ pub fn open(config: &GroupConfig, paths: &GroupPaths) -> Result<Volume, StartErr
     };
     let disks = open_disks(config, files.as_ref())?;
     let parts = recover(config, files, journal, disks, marker, clock.mono_us())?;
+    // Before the engine pins the arena's pages.
+    let huge = parts.target.arena.use_huge_pages(clock.as_ref());
+    tracing::debug!(bytes = huge, "huge pages of the arena");
     let engine = choose_engine(&parts.target)?;
     Ok(Volume::new(
         parts.filter,
