@@ -28,42 +28,65 @@ use sim::*;
 #[test]
 fn after_a_power_cut_the_disks_are_a_prefix_with_everything_flushed() {
     for seed in [1, 2, 3] {
-        println!("seed {seed}");
         let mut rng = Rng::new(seed);
-        let files = SimFiles::new();
-        let site = site(Path::new("/"), 5);
-        site.create(&files);
-        files.settle();
-        let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
-        let mut model = Model::new();
-        let mut hashes = vec![model.hash()];
-        // (log length, operations that must survive a cut from there on)
-        let mut promised = vec![(0, 0)];
-        for stamp in 1..90 {
-            let act = random_act(&mut rng, stamp);
-            let durable = carry_out(&mut volume, &mut model, &site.clock, &act);
-            assert!(content(&mut volume) == model, "seed {seed}, operation {stamp}: {act:?}");
-            hashes.push(model.hash());
-            if durable {
-                promised.push((files.log_len(), hashes.len() - 1));
-            }
-        }
-        drop(volume);
-        let log = files.log();
-        let sweep = Sweep { seed, random: 1, ..Sweep::default() };
-        let states = for_each_crash(&log, sweep, |files, point| {
-            site.lose_memory();
-            let least = promised.iter().rev().find(|(at, _)| *at <= point.at).unwrap().1;
-            let mut volume = site
-                .open(Arc::new(files), "inline")
-                .unwrap_or_else(|e| panic!("seed {seed} {point:?}: {e}"));
-            let found = content(&mut volume).hash();
-            let prefix = hashes[least..].contains(&found);
-            assert!(prefix, "seed {seed} {point:?}: not a prefix with the first {least}");
-        });
-        println!("{states} crash states");
-        assert!(states > 100);
+        let acts: Vec<Act> = (1..90).map(|stamp| random_act(&mut rng, stamp)).collect();
+        cut_everywhere(seed, &acts);
     }
+}
+
+/// The same with a client that flushes after every four writes: half of each commit is
+/// written ahead.
+#[test]
+fn after_a_power_cut_between_the_halves_of_a_commit_the_disks_are_a_prefix() {
+    let write = |n: u8| {
+        let data = vec![n; 16 << 10];
+        Act::Write { disk: n % 2, offset: u64::from(n) % 7 * (16 << 10), data, fua: false }
+    };
+    let round = |r: u8| (1..=4).map(move |n| write(r * 4 + n)).chain([Act::Flush]);
+    let acts: Vec<Act> = (0..9).flat_map(round).collect();
+    let grew = cut_everywhere(4, &acts);
+    assert_eq!(grew[40..], [false, true, false, true, false], "at half, and before the flush");
+}
+
+/// Which acts wrote anything to a file.
+fn cut_everywhere(seed: u64, acts: &[Act]) -> Vec<bool> {
+    println!("seed {seed}");
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 5);
+    site.create(&files);
+    files.settle();
+    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+    let mut model = Model::new();
+    let mut hashes = vec![model.hash()];
+    // (log length, operations that must survive a cut from there on)
+    let mut promised = vec![(0, 0)];
+    let mut grew = Vec::new();
+    for (n, act) in acts.iter().enumerate() {
+        let before = files.log_len();
+        let durable = carry_out(&mut volume, &mut model, &site.clock, act);
+        assert!(content(&mut volume) == model, "seed {seed}, operation {n}: {act:?}");
+        hashes.push(model.hash());
+        grew.push(files.log_len() > before);
+        if durable {
+            promised.push((files.log_len(), hashes.len() - 1));
+        }
+    }
+    drop(volume);
+    let log = files.log();
+    let sweep = Sweep { seed, random: 1, ..Sweep::default() };
+    let states = for_each_crash(&log, sweep, |files, point| {
+        site.lose_memory();
+        let least = promised.iter().rev().find(|(at, _)| *at <= point.at).unwrap().1;
+        let mut volume = site
+            .open(Arc::new(files), "inline")
+            .unwrap_or_else(|e| panic!("seed {seed} {point:?}: {e}"));
+        let found = content(&mut volume).hash();
+        let prefix = hashes[least..].contains(&found);
+        assert!(prefix, "seed {seed} {point:?}: not a prefix with the first {least}");
+    });
+    println!("{states} crash states");
+    assert!(states > 100);
+    grew
 }
 
 /// A process that dies loses nothing, flushed or not.

@@ -323,6 +323,16 @@ impl SimFile {
     }
 }
 
+impl SimFile {
+    fn sync(&self, done: Entry) -> io::Result<()> {
+        let mut disk = self.files.lock();
+        let verdict = disk.next(Op::SyncData, &self.path);
+        let failed = Entry::SyncFailed(self.file);
+        disk.log.entries.push(if verdict.is_ok() { done } else { failed });
+        verdict.map_err(|failure| failure.error())
+    }
+}
+
 impl File for SimFile {
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let disk = self.files.lock();
@@ -348,14 +358,13 @@ impl File for SimFile {
         self.write_all_at(offset, &parts.concat())
     }
 
+    fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.write_all_at(offset, data)?;
+        self.sync(Entry::LastSynced(self.file))
+    }
+
     fn sync_data(&self) -> io::Result<()> {
-        let mut disk = self.files.lock();
-        if let Err(failure) = disk.next(Op::SyncData, &self.path) {
-            disk.log.entries.push(Entry::SyncFailed(self.file));
-            return Err(failure.error());
-        }
-        disk.log.entries.push(Entry::Synced(self.file));
-        Ok(())
+        self.sync(Entry::Synced(self.file))
     }
 
     fn len(&self) -> io::Result<u64> {

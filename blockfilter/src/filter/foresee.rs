@@ -1,5 +1,6 @@
 //! Foresees the next flush of a client that flushes after every so many writes, so that
-//! the commit runs while the client still takes the answers of its writes. (pure)
+//! half of the commit is written while the rest still comes, and the commit runs while the client
+//! still takes the answers of its writes. (pure)
 //!
 //! It counts the records and waits of the whole group: several clients, or points made
 //! meanwhile, only make it foresee less. A wrong guess costs one early commit, which with one
@@ -37,6 +38,12 @@ impl Foresee {
     pub(super) fn due(&self) -> bool {
         self.times >= REGULAR && self.since == self.interval
     }
+
+    /// Half of the records came that come before the flush that is foreseen.
+    pub(super) fn is_halfway(&self) -> bool {
+        let from = self.interval.div_ceil(2);
+        self.times >= REGULAR && (from..self.interval).contains(&self.since)
+    }
 }
 
 /// Repeats of an interval that make the next flush foreseen.
@@ -59,9 +66,12 @@ mod tests {
                 assert!(!foresee.due());
                 round(&mut foresee, interval);
             }
+            assert!(!foresee.is_halfway());
             for write in 1..=interval {
                 foresee.wrote();
                 assert_eq!(foresee.due(), write == interval, "{write} of {interval}");
+                let halfway = write * 2 >= interval && write < interval;
+                assert_eq!(foresee.is_halfway(), halfway, "{write} of {interval}");
             }
             foresee.flushed();
             // What comes behind a flush with nothing between changes nothing.

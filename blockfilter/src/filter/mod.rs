@@ -231,6 +231,9 @@ struct Commit {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
+    /// Begun ahead: what is admitted until it is due joins it. With when its first record
+    /// came.
+    Held(u64),
     Due,
     Running,
 }
@@ -342,6 +345,14 @@ impl Filter {
     /// Somebody waits for something to be durable, or is about to.
     pub fn is_awaited(&self) -> bool {
         !self.waiters.is_empty() || self.foresee.due()
+    }
+
+    /// When the first record came of a commit that was begun ahead and is not due yet.
+    fn held(&self) -> Option<u64> {
+        match self.commit.as_ref()?.sync {
+            Step::Held(since) => Some(since),
+            Step::Due | Step::Running => None,
+        }
     }
 
     /// The commit is awaited, and nothing else of the journal is being synced.
@@ -688,6 +699,9 @@ impl Filter {
 pub const COMMIT_AFTER: u64 = 20_000;
 /// Bytes that make a commit due.
 pub const COMMIT_BYTES: u64 = 1 << 20;
+/// Bytes of the open batch from which on a commit may begin ahead, where half of what comes
+/// before a foreseen flush is there: they are written while the rest comes.
+const AHEAD_BYTES: u64 = 32 << 10;
 /// Apply at least this often, microseconds.
 pub const APPLY_AFTER: u64 = 300_000;
 /// Checkpoint so long after the last write or checkpoint, microseconds.

@@ -1,8 +1,8 @@
 //! What is due: commit, apply, checkpoint, super block, freeze. (pure)
 
 use super::{
-    APPLY_AFTER, Action, CHECKPOINT_AFTER, CHECKPOINT_AFTER_BUSY, COMMIT_AFTER, COMMIT_BYTES,
-    Commit, Filter, Marker, Memory, Segment, Stall, Step, WINDOW_MAX,
+    AHEAD_BYTES, APPLY_AFTER, Action, CHECKPOINT_AFTER, CHECKPOINT_AFTER_BUSY, COMMIT_AFTER,
+    COMMIT_BYTES, Commit, Filter, Marker, Memory, Segment, Stall, Step, WINDOW_MAX,
 };
 use crate::control::Mode;
 use crate::journal::batch::finish_super;
@@ -35,8 +35,10 @@ impl Filter {
             return self.timeout_unjournaled();
         }
         let unsealed = !self.open.descs.is_empty() || !self.segments.is_empty();
-        if unsealed && self.commit.is_none() {
-            at(self.open.since + COMMIT_AFTER);
+        match self.held() {
+            Some(since) => at(since + COMMIT_AFTER),
+            None if unsealed && self.commit.is_none() => at(self.open.since + COMMIT_AFTER),
+            None => {}
         }
         if self.failed.contains(&true) {
             return due;
@@ -100,21 +102,15 @@ impl Filter {
     }
 
     pub(super) fn poll_commit(&mut self, mem: &mut impl Memory, now: u64) -> Option<Action> {
-        if self.commit.is_none() {
-            if !self.commit_due(now) {
-                return None;
+        let held = self.held().is_some();
+        if held || self.commit.is_none() {
+            let due = self.commit_due(now);
+            if due || (!held && self.foresee.is_halfway() && self.open_bytes() >= AHEAD_BYTES) {
+                self.begin_commit(due, mem, now);
             }
-            self.seal(0, mem, now);
-            self.force_commit = false;
-            let writes: Vec<Segment> = self.segments.drain(..).rev().collect();
-            if writes.is_empty() {
-                return None;
-            }
-            let end = self.open.lsn;
-            self.commit = Some(Commit { end, writes, begun: false, in_flight: 0, sync: Step::Due });
         }
         let commit = self.commit.as_mut()?;
-        let alone = commit.writes.len() == 1 && !commit.begun;
+        let alone = commit.writes.len() == 1 && !commit.begun && commit.sync == Step::Due;
         if let Some(Segment { pos, len }) = commit.writes.pop() {
             let at = self.slots.file_offset(pos).expect("I5: its chunk has a slot");
             // A synchronous write promises only its own bytes.
@@ -133,17 +129,41 @@ impl Filter {
         None
     }
 
-    pub(super) fn commit_due(&self, now: u64) -> bool {
-        if self.open.descs.is_empty() && self.segments.is_empty() {
-            return false;
+    /// Bytes of the open batch.
+    fn open_bytes(&self) -> u64 {
+        if self.open.descs.is_empty() { 0 } else { self.open.fill - self.open.lsn }
+    }
+
+    /// Seals what is open, and begins a commit of it or adds it to the one that is held.
+    /// Only if it is due will it be synced.
+    fn begin_commit(&mut self, due: bool, mem: &mut impl Memory, now: u64) {
+        let since = self.open.since;
+        self.seal(0, mem, now);
+        self.force_commit &= !due;
+        let mut writes: Vec<Segment> = self.segments.drain(..).rev().collect();
+        let sync = if due { Step::Due } else { Step::Held(since) };
+        let end = self.open.lsn;
+        if let Some(held) = &mut self.commit {
+            writes.append(&mut held.writes);
+            (held.end, held.writes, held.sync) = (end, writes, sync);
+        } else if !writes.is_empty() {
+            self.commit = Some(Commit { end, writes, begun: false, in_flight: 0, sync });
         }
+    }
+
+    pub(super) fn commit_due(&self, now: u64) -> bool {
+        let nothing = self.open.descs.is_empty() && self.segments.is_empty();
+        let since = match self.held() {
+            None if nothing => return false,
+            held => held.unwrap_or(self.open.since),
+        };
         let bytes = self.open.fill.saturating_sub(self.durable);
         self.is_awaited()
             || self.force_commit
             || self.drain
             || self.pressed.is_some()
             || bytes >= COMMIT_BYTES
-            || now >= self.open.since + COMMIT_AFTER
+            || now >= since + COMMIT_AFTER
     }
 
     pub(super) fn poll_apply(&mut self, now: u64) -> Option<Action> {

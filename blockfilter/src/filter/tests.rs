@@ -97,3 +97,80 @@ fn after_one_that_filled_the_journal_a_quarter_makes_the_next_one_due() {
 fn what_is_kept_for_the_target_leaves_no_room_for_rarer_checkpoints() {
     assert_eq!(distances(filter(MODE_SHIPPING), &[2, 2]), [4, 4]);
 }
+
+/// Actions until none is due; nothing is done.
+fn actions(filter: &mut Filter, now: u64) -> Vec<&'static str> {
+    let next = || filter.poll_action(&mut Nothing, now);
+    std::iter::from_fn(next)
+        .map(|action| match action {
+            Action::JournalWrite { .. } => "write",
+            Action::JournalSync => "sync",
+            Action::JournalCommit { .. } => "commit",
+            _ => "other",
+        })
+        .collect()
+}
+
+/// One that a client with a flush behind every four writes of 64 KiB has taught that.
+fn taught() -> Filter {
+    let mut filter = filter(MODE_NEW);
+    for _ in 0..5 {
+        (0..4).for_each(|_| assert!(write(&mut filter)));
+        filter.wait_durable(filter.admitted(), 7);
+        settle(&mut filter);
+        assert_eq!(filter.poll_waiter(), Some((7, true)));
+    }
+    filter
+}
+
+#[test]
+fn half_of_what_a_flush_will_want_is_written_ahead_and_synced_with_the_rest() {
+    let mut filter = taught();
+    assert!(write(&mut filter));
+    assert!(actions(&mut filter, NOW).is_empty());
+    assert!(write(&mut filter));
+    assert_eq!(actions(&mut filter, NOW), ["write"], "and no sync");
+    assert!(write(&mut filter));
+    assert!(actions(&mut filter, NOW).is_empty(), "once for each flush");
+    assert!(write(&mut filter));
+    let end = filter.admitted();
+    assert!(filter.wait_durable(end, 8));
+    assert_eq!(actions(&mut filter, NOW), ["write"]);
+    // The one begun last is done first: the sync must cover both.
+    filter.handle_journal_write(&Ok(()));
+    assert!(actions(&mut filter, NOW).is_empty());
+    filter.handle_journal_write(&Ok(()));
+    assert_eq!(actions(&mut filter, NOW), ["sync"]);
+    assert_eq!(filter.poll_waiter(), None);
+    filter.handle_journal_sync(&Ok(()));
+    assert_eq!(filter.poll_waiter(), Some((8, true)));
+    assert!(filter.positions(NOW).durable.0 >= end);
+}
+
+#[test]
+fn what_was_written_ahead_for_no_flush_is_synced_in_time() {
+    let mut filter = taught();
+    (0..2).for_each(|_| assert!(write(&mut filter)));
+    assert_eq!(actions(&mut filter, NOW), ["write"]);
+    filter.handle_journal_write(&Ok(()));
+    let due = NOW + COMMIT_AFTER;
+    assert!(filter.poll_timeout().is_some_and(|at| at <= due));
+    assert!(actions(&mut filter, due - 1).is_empty());
+    assert_eq!(actions(&mut filter, due), ["sync"]);
+    let end = filter.admitted();
+    filter.handle_journal_sync(&Ok(()));
+    assert_eq!(filter.positions(due).durable.0, end);
+}
+
+#[test]
+fn a_write_ahead_that_fails_is_a_failed_journal() {
+    let mut filter = taught();
+    (0..2).for_each(|_| assert!(write(&mut filter)));
+    let before = filter.positions(NOW).durable;
+    assert_eq!(actions(&mut filter, NOW), ["write"]);
+    filter.handle_journal_write(&Err(io::ErrorKind::Other.into()));
+    assert_eq!(filter.positions(NOW).mode, Mode::Unjournaled);
+    filter.wait_durable(filter.admitted(), 9);
+    assert_eq!(filter.positions(NOW).durable, before);
+    assert_eq!(filter.poll_waiter(), None);
+}

@@ -22,7 +22,7 @@ use crate::control::{DiskStatus, FilterStatus, Positions};
 use crate::dirty::DirtyExtent;
 use crate::engine::queue::{Done, Engine, Op, Target};
 use crate::engine::{Clock, Files, no_space};
-use crate::filter::{Action, Filter, Memory};
+use crate::filter::{Action, COMMIT_BYTES, Filter, Memory};
 use crate::journal::format::RecOp;
 use crate::names::Name;
 use crate::nbd::transmission::EXTENTS_MAX;
@@ -366,27 +366,30 @@ impl Volume {
         let op = match action {
             Action::JournalWrite { at, pos, len } => Op::JournalWrite { at, pos, len },
             Action::JournalSync => Op::JournalSync,
-            Action::JournalCommit { at, pos, len } => {
-                let op = Op::JournalCommit { at, pos, len };
-                if self.alone
-                    && self.filter.commits_at_once()
-                    && self.here.may(self.clock.mono_us())
-                {
-                    self.commit_here(op);
-                    return;
-                }
-                op
-            }
+            Action::JournalCommit { at, pos, len } => Op::JournalCommit { at, pos, len },
             Action::Apply { to } => Op::Apply(self.filter.window(to).cloned().collect()),
             Action::SyncDisks => Op::SyncDisks,
             Action::WriteSuper(sup) => Op::WriteSuper(sup),
             Action::MarkUnjournaled => Op::MarkUnjournaled(self.positions().incarnation),
         };
-        self.engine.submit(op);
+        match self.is_here(&op) {
+            true => self.commit_here(op),
+            false => self.engine.submit(op),
+        }
     }
 
-    /// Commits in this thread: with one client, which waits or is about to, handing the work
-    /// over and back costs more than it gains. Not where [`Here`] says that it was slow lately.
+    /// Whether this part of a commit is carried out in this thread: with one client, which waits
+    /// or is about to, handing the work over and back costs more than it gains. Not where
+    /// [`Here`] says that it was slow lately, and not one of several large writes.
+    fn is_here(&self, op: &Op) -> bool {
+        let part = match op {
+            Op::JournalWrite { len, .. } => *len <= COMMIT_BYTES,
+            Op::JournalSync | Op::JournalCommit { .. } => true,
+            _ => false,
+        };
+        part && self.alone && self.filter.commits_at_once() && self.here.may(self.clock.mono_us())
+    }
+
     fn commit_here(&mut self, op: Op) {
         let before = self.clock.mono_us();
         self.done.push(self.target.execute(op));

@@ -76,6 +76,8 @@ pub enum Entry {
     Change(usize, Change),
     /// A file's changes so far are durable.
     Synced(usize),
+    /// A file's last change is durable, and none before it for that (RWF_DSYNC).
+    LastSynced(usize),
     /// A file's changes so far are uncertain for ever.
     SyncFailed(usize),
     /// Names.
@@ -265,13 +267,11 @@ impl Replay {
             }
             Entry::Synced(file) => {
                 settle(self.queues[*file].iter_mut().map(|q| &mut q.2), State::Durable);
-                while let Some((_, change, State::Durable)) = self.queues[*file].front() {
-                    apply(&mut self.files[*file], change, &mut |_| true);
-                    self.queues[*file].pop_front();
-                }
-                if self.queues[*file].is_empty() {
-                    self.files[*file].trim();
-                }
+                self.take_durable(*file);
+            }
+            Entry::LastSynced(file) => {
+                settle(self.queues[*file].back_mut().map(|q| &mut q.2).into_iter(), State::Durable);
+                self.take_durable(*file);
             }
             Entry::SyncFailed(file) => {
                 settle(self.queues[*file].iter_mut().map(|q| &mut q.2), State::Doomed);
@@ -292,6 +292,17 @@ impl Replay {
                 }
             }
             Entry::DirSyncFailed(dir) => self.settle_names(dir, State::Doomed),
+        }
+    }
+
+    /// Applies what nothing uncertain is in front of.
+    fn take_durable(&mut self, file: FileId) {
+        while let Some((_, change, State::Durable)) = self.queues[file].front() {
+            apply(&mut self.files[file], change, &mut |_| true);
+            self.queues[file].pop_front();
+        }
+        if self.queues[file].is_empty() {
+            self.files[file].trim();
         }
     }
 
