@@ -171,6 +171,8 @@ pub struct SimGroup {
     rng: Rng,
     /// Position of the last commit that a target could hold.
     floor: u64,
+    /// Requests that are still to come of a client that flushes after every four writes.
+    beats: u64,
 }
 
 /// A group of small sizes, so that chunks wrap soon. Its arena is a real tmpfs
@@ -245,7 +247,8 @@ impl SimGroup {
         );
         let floor = volume.positions().durable.0;
         let (config, files) = (config.clone(), files.clone());
-        let mut life = Self { config, files, volume, written, clock, rng: Rng::new(seed), floor };
+        let rng = Rng::new(seed);
+        let mut life = Self { config, files, volume, written, clock, rng, floor, beats: 0 };
         life.note();
         Ok(life)
     }
@@ -255,7 +258,13 @@ impl SimGroup {
         let late = if self.rng.below(50) == 0 { 2_000_000 } else { 8_000 };
         self.clock.advance(self.rng.below(late));
         for _ in 0..self.rng.below(4) {
-            self.request();
+            if self.beats == 0 && self.rng.below(100) == 0 {
+                self.beats = 60;
+            }
+            match self.beats {
+                0 => self.request(),
+                _ => self.beat(),
+            }
         }
         self.volume.set_alone(self.rng.below(4) == 0);
         self.turn();
@@ -321,6 +330,19 @@ impl SimGroup {
                 self.write(disk, offset, &vec![byte; len]);
             }
         }
+    }
+
+    /// Foreseen flushes: half of what comes before each is written ahead.
+    fn beat(&mut self) {
+        self.beats -= 1;
+        if self.beats.is_multiple_of(5) {
+            let admitted = self.volume.positions().admitted.0;
+            self.volume.flush(admitted);
+            return;
+        }
+        let disk = self.rng.below(DISKS as u64) as usize;
+        let (offset, byte) = (self.rng.below(DISK / 512 - 40) * 512, self.rng.below(255) as u8);
+        self.write(disk, offset, &[1 + byte; 40 * 512]);
     }
 
     fn mark(&mut self) {

@@ -3,9 +3,10 @@
 //! still takes the answers of its writes. (pure)
 //!
 //! It counts the records and waits of the whole group: several clients, or points made
-//! meanwhile, only make it foresee less. A wrong guess costs one early commit, which with one
-//! active client holds the group's thread for as long as the journal takes: what was not foreseen
-//! right is not foreseen again before an interval was repeated [`REGULAR`] times.
+//! meanwhile, only make it foresee less. A wrong guess costs a write, a batch's header and one
+//! early commit, which with one active client holds the group's thread for as long as the journal
+//! takes: what was not foreseen right is not foreseen again before an interval was repeated
+//! [`REGULAR`] times.
 
 /// When a flush is about to come.
 #[derive(Clone, Copy, Debug, Default)]
@@ -16,6 +17,8 @@ pub(super) struct Foresee {
     interval: u32,
     /// How often in a row it was that many.
     times: u32,
+    /// Of the records since the last flush some were written ahead.
+    ahead: bool,
 }
 
 impl Foresee {
@@ -31,7 +34,7 @@ impl Foresee {
         }
         self.times = if self.since == self.interval { self.times.saturating_add(1) } else { 0 };
         self.interval = self.since;
-        self.since = 0;
+        (self.since, self.ahead) = (0, false);
     }
 
     /// As many records came as every time before the last flushes.
@@ -39,10 +42,16 @@ impl Foresee {
         self.times >= REGULAR && self.since == self.interval
     }
 
-    /// Half of the records came that come before the flush that is foreseen.
+    /// Half of the records came that come before the flush that is foreseen, and so few more
+    /// that the rest is still worth a write of its own.
     pub(super) fn is_halfway(&self) -> bool {
-        let from = self.interval.div_ceil(2);
-        self.times >= REGULAR && (from..self.interval).contains(&self.since)
+        let (from, to) = (self.interval.div_ceil(2), self.interval - self.interval / 4);
+        self.times >= REGULAR && !self.ahead && (from..to).contains(&self.since)
+    }
+
+    /// What came is being written: once before each flush.
+    pub(super) fn begun_ahead(&mut self) {
+        self.ahead = true;
     }
 }
 
@@ -70,7 +79,7 @@ mod tests {
             for write in 1..=interval {
                 foresee.wrote();
                 assert_eq!(foresee.due(), write == interval, "{write} of {interval}");
-                let halfway = write * 2 >= interval && write < interval;
+                let halfway = write * 2 >= interval && write < interval - interval / 4;
                 assert_eq!(foresee.is_halfway(), halfway, "{write} of {interval}");
             }
             foresee.flushed();

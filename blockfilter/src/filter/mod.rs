@@ -2,7 +2,7 @@
 //!
 //! A record gets its LSN when its payload is complete ([`Filter::admit`], I1). It
 //! sits in the open batch; the batch is sealed when it is full or when a commit
-//! is due; sealed bytes go to the journal in one run of writes and one sync;
+//! is due or begins ahead; sealed bytes go to the journal in one run of writes and one sync;
 //! then they are durable, flush waiters wake, and the records may be applied to the
 //! disks (I3). A checkpoint syncs the disks and then says so in the super block.
 //! After each event [`Filter::poll_action`] hands out what to do next.
@@ -699,8 +699,8 @@ impl Filter {
 pub const COMMIT_AFTER: u64 = 20_000;
 /// Bytes that make a commit due.
 pub const COMMIT_BYTES: u64 = 1 << 20;
-/// Bytes of the open batch from which on a commit may begin ahead, where half of what comes
-/// before a foreseen flush is there: they are written while the rest comes.
+/// Bytes of the open batch, header page included, from which on a commit may begin ahead, where
+/// half of what comes before a foreseen flush is there: they are written while the rest comes.
 const AHEAD_BYTES: u64 = 32 << 10;
 /// Apply at least this often, microseconds.
 pub const APPLY_AFTER: u64 = 300_000;

@@ -105,7 +105,8 @@ impl Filter {
         let held = self.held().is_some();
         if held || self.commit.is_none() {
             let due = self.commit_due(now);
-            if due || (!held && self.foresee.is_halfway() && self.open_bytes() >= AHEAD_BYTES) {
+            let bytes = self.open.fill - self.open.lsn;
+            if due || (!held && self.foresee.is_halfway() && bytes >= AHEAD_BYTES) {
                 self.begin_commit(due, mem, now);
             }
         }
@@ -129,19 +130,18 @@ impl Filter {
         None
     }
 
-    /// Bytes of the open batch.
-    fn open_bytes(&self) -> u64 {
-        if self.open.descs.is_empty() { 0 } else { self.open.fill - self.open.lsn }
-    }
-
     /// Seals what is open, and begins a commit of it or adds it to the one that is held.
     /// Only if it is due will it be synced.
     fn begin_commit(&mut self, due: bool, mem: &mut impl Memory, now: u64) {
-        let since = self.open.since;
-        self.seal(0, mem, now);
-        self.force_commit &= !due;
+        let sync = if due { Step::Due } else { Step::Held(self.open.since) };
+        if due {
+            self.force_commit = false;
+        } else {
+            self.foresee.begun_ahead();
+        }
+        // A flush is foreseen for what is written ahead, if nobody waits yet.
+        self.seal(if due { 0 } else { BATCH_FLUSH }, mem, now);
         let mut writes: Vec<Segment> = self.segments.drain(..).rev().collect();
-        let sync = if due { Step::Due } else { Step::Held(since) };
         let end = self.open.lsn;
         if let Some(held) = &mut self.commit {
             writes.append(&mut held.writes);
@@ -151,18 +151,22 @@ impl Filter {
         }
     }
 
+    /// Bytes that are not durable in the journal yet.
+    pub fn undurable(&self) -> u64 {
+        self.open.fill.saturating_sub(self.durable)
+    }
+
     pub(super) fn commit_due(&self, now: u64) -> bool {
         let nothing = self.open.descs.is_empty() && self.segments.is_empty();
         let since = match self.held() {
             None if nothing => return false,
             held => held.unwrap_or(self.open.since),
         };
-        let bytes = self.open.fill.saturating_sub(self.durable);
         self.is_awaited()
             || self.force_commit
             || self.drain
             || self.pressed.is_some()
-            || bytes >= COMMIT_BYTES
+            || self.undurable() >= COMMIT_BYTES
             || now >= since + COMMIT_AFTER
     }
 

@@ -54,10 +54,14 @@ fn settle(filter: &mut Filter) -> bool {
 
 /// One record of 64 KiB; false if it has to wait.
 fn write(filter: &mut Filter) -> bool {
+    write_at(filter, NOW)
+}
+
+fn write_at(filter: &mut Filter, now: u64) -> bool {
     let payload = &[7; 64 << 10];
     let len = payload.len() as u32;
     let rec = NewRecord { op: RecOp::Write, flags: 0, disk: 0, offset: 0, len, payload };
-    filter.admit(&rec, &mut Nothing, NOW).is_ok()
+    filter.admit(&rec, &mut Nothing, now).is_ok()
 }
 
 /// How many MiB were written back between one checkpoint and the next, while each takes as long
@@ -148,18 +152,46 @@ fn half_of_what_a_flush_will_want_is_written_ahead_and_synced_with_the_rest() {
 }
 
 #[test]
-fn what_was_written_ahead_for_no_flush_is_synced_in_time() {
+fn what_was_written_ahead_for_no_flush_is_synced_with_the_rest_in_time() {
     let mut filter = taught();
-    (0..2).for_each(|_| assert!(write(&mut filter)));
-    assert_eq!(actions(&mut filter, NOW), ["write"]);
-    filter.handle_journal_write(&Ok(()));
     let due = NOW + COMMIT_AFTER;
-    assert!(filter.poll_timeout().is_some_and(|at| at <= due));
+    assert!(write_at(&mut filter, NOW));
+    assert!(write_at(&mut filter, NOW + 5_000));
+    assert_eq!(actions(&mut filter, NOW + 5_000), ["write"]);
+    filter.handle_journal_write(&Ok(()));
+    assert!(write_at(&mut filter, NOW + 10_000));
     assert!(actions(&mut filter, due - 1).is_empty());
+    assert_eq!(filter.poll_timeout(), Some(due));
+    assert_eq!(actions(&mut filter, due), ["write"]);
+    filter.handle_journal_write(&Ok(()));
     assert_eq!(actions(&mut filter, due), ["sync"]);
     let end = filter.admitted();
     filter.handle_journal_sync(&Ok(()));
-    assert_eq!(filter.positions(due).durable.0, end);
+    assert!(filter.positions(due).durable.0 >= end);
+}
+
+#[test]
+fn nothing_that_wants_a_commit_waits_for_one_that_is_held() {
+    let mark = |f: &mut Filter| f.admit_mark(b"m", false, &mut Nothing, NOW).map(drop).unwrap();
+    let fill = |f: &mut Filter| while write(f) && !f.commit_due(NOW) {};
+    let press = |f: &mut Filter| f.pressed = Some(Stall::Journal);
+    let asks: [(&dyn Fn(&mut Filter), bool); 5] = [
+        (&Filter::request_commit, false),
+        (&Filter::request_drain, false),
+        (&press, false),
+        (&mark, true),
+        (&fill, true),
+    ];
+    for (n, (ask, more)) in asks.into_iter().enumerate() {
+        let mut filter = taught();
+        (0..2).for_each(|_| assert!(write(&mut filter)));
+        assert_eq!(actions(&mut filter, NOW), ["write"]);
+        filter.handle_journal_write(&Ok(()));
+        ask(&mut filter);
+        let first = filter.poll_action(&mut Nothing, NOW);
+        assert_eq!(matches!(first, Some(Action::JournalWrite { .. })), more, "{n}: {first:?}");
+        assert_eq!(matches!(first, Some(Action::JournalSync)), !more, "{n}: {first:?}");
+    }
 }
 
 #[test]

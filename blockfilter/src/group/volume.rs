@@ -380,11 +380,11 @@ impl Volume {
 
     /// Whether this part of a commit is carried out in this thread: with one client, which waits
     /// or is about to, handing the work over and back costs more than it gains. Not where
-    /// [`Here`] says that it was slow lately, and not one of several large writes.
+    /// [`Here`] says that it was slow lately, nor if other writes of it are large.
     fn is_here(&self, op: &Op) -> bool {
         let part = match op {
-            Op::JournalWrite { len, .. } => *len <= COMMIT_BYTES,
-            Op::JournalSync | Op::JournalCommit { .. } => true,
+            Op::JournalWrite { .. } | Op::JournalSync => self.filter.undurable() <= COMMIT_BYTES,
+            Op::JournalCommit { .. } => true,
             _ => false,
         };
         part && self.alone && self.filter.commits_at_once() && self.here.may(self.clock.mono_us())
@@ -403,6 +403,7 @@ impl Volume {
                 self.filter.handle_journal_write(&result);
             }
             Done::JournalSync(result) => {
+                self.here.ended();
                 self.note_journal(&result);
                 self.filter.handle_journal_sync(&result);
             }
@@ -630,6 +631,8 @@ fn merge_extents(pieces: &[Piece], from_disk: Vec<Vec<Extent>>) -> Vec<Extent> {
 struct Here {
     /// Not before, monotonic microseconds.
     from: u64,
+    /// What the parts of this commit took there until now, microseconds.
+    parts: u64,
 }
 
 impl Here {
@@ -637,12 +640,17 @@ impl Here {
         now >= self.from
     }
 
-    /// One was made there, between these times.
+    /// A part of one was made there, between these times.
     fn took(&mut self, before: u64, after: u64) {
-        let took = after.saturating_sub(before);
-        if took > HERE_MAX {
-            self.from = after + (took * HERE_PAUSE).clamp(HERE_PAUSE_MIN, HERE_PAUSE_MAX);
+        self.parts += after.saturating_sub(before);
+        if self.parts > HERE_MAX {
+            self.from = after + (self.parts * HERE_PAUSE).clamp(HERE_PAUSE_MIN, HERE_PAUSE_MAX);
         }
+    }
+
+    /// That was the last part.
+    fn ended(&mut self) {
+        self.parts = 0;
     }
 }
 
@@ -675,7 +683,11 @@ mod tests {
     fn slow_commits_of_seconds_at_most_keep_the_thread_for_a_sixteenth_of_the_time_at_most() {
         let (mut here, mut now, mut kept) = (Here::default(), 0, 0);
         for took in [200, HERE_MAX, HERE_MAX + 1, 7_000, 40_000, 2_000_000] {
-            here.took(now, now + took);
+            let part = took / 3;
+            here.took(now, now + part);
+            assert_eq!(here.may(now + part), part <= HERE_MAX);
+            here.took(now + part, now + took);
+            here.ended();
             now += took;
             let slow = took > HERE_MAX;
             assert_eq!(here.may(now), !slow);

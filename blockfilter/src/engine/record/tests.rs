@@ -49,6 +49,21 @@ fn a_sync_covers_only_what_was_written_before_it() {
 }
 
 #[test]
+fn a_durable_write_promises_its_own_bytes_only() {
+    let files = with_file(8192);
+    let file = files.open(path("/f"), Open::ReadWrite).unwrap();
+    file.write_all_at(0, b"before").unwrap();
+    file.write_durable_at(4096, b"durable").unwrap();
+    let cut = || {
+        let cut = CrashPoint { at: files.log_len(), survive: Survive::Nothing };
+        content(&files.log().crash(cut), "/f").unwrap()
+    };
+    assert_eq!((&cut()[..6], &cut()[4096..4103]), (&[0; 6][..], &b"durable"[..]));
+    file.sync_data().unwrap();
+    assert_eq!((&cut()[..6], &cut()[4096..4103]), (&b"before"[..], &b"durable"[..]));
+}
+
+#[test]
 fn an_unsynced_write_survives_in_any_subset_of_its_sectors() {
     let files = with_file(1536);
     let file = files.open(path("/f"), Open::ReadWrite).unwrap();
