@@ -170,12 +170,14 @@ fn what_was_written_ahead_for_no_flush_is_synced_with_the_rest_in_time() {
     assert!(filter.positions(due).durable.0 >= end);
 }
 
+type Ask<'a> = &'a dyn Fn(&mut Filter);
+
 #[test]
 fn nothing_that_wants_a_commit_waits_for_one_that_is_held() {
     let mark = |f: &mut Filter| f.admit_mark(b"m", false, &mut Nothing, NOW).map(drop).unwrap();
     let fill = |f: &mut Filter| while write(f) && !f.commit_due(NOW) {};
     let press = |f: &mut Filter| f.pressed = Some(Stall::Journal);
-    let asks: [(&dyn Fn(&mut Filter), bool); 5] = [
+    let asks: [(Ask<'_>, bool); 5] = [
         (&Filter::request_commit, false),
         (&Filter::request_drain, false),
         (&press, false),
