@@ -92,6 +92,22 @@ mod tests {
     }
 
     #[test]
+    fn it_is_halfway_once_before_each_flush() {
+        let mut foresee = Foresee::default();
+        (0..=REGULAR).for_each(|_| round(&mut foresee, 32));
+        for _ in 0..2 {
+            (0..16).for_each(|_| foresee.wrote());
+            assert!(foresee.is_halfway());
+            foresee.begun_ahead();
+            for _ in 16..32 {
+                assert!(!foresee.is_halfway());
+                foresee.wrote();
+            }
+            foresee.flushed();
+        }
+    }
+
+    #[test]
     fn writes_without_a_flush_are_committed_early_once() {
         let mut foresee = Foresee::default();
         (0..=REGULAR).for_each(|_| round(&mut foresee, 1));

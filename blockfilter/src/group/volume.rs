@@ -380,7 +380,7 @@ impl Volume {
 
     /// Whether this part of a commit is carried out in this thread: with one client, which waits
     /// or is about to, handing the work over and back costs more than it gains. Not where
-    /// [`Here`] says that it was slow lately, nor if other writes of it are large.
+    /// [`Here`] says that it was slow lately, nor a part if much is not durable yet.
     fn is_here(&self, op: &Op) -> bool {
         let part = match op {
             Op::JournalWrite { .. } | Op::JournalSync => self.filter.undurable() <= COMMIT_BYTES,
