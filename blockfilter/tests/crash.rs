@@ -5,8 +5,10 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use blockfilter::control::Mode;
+use blockfilter::engine::queue::Engine;
 use blockfilter::engine::real::RealFiles;
 use blockfilter::engine::record::crash::{Change, Entry, Unsynced};
 use blockfilter::engine::record::{Failure, Fault, Op, Rng, SimFiles, Sweep, for_each_crash};
@@ -261,6 +263,42 @@ fn a_foreseen_flush_waits_for_nothing() {
     }
     let positions = volume.positions();
     assert!(positions.durable < positions.admitted, "nobody asked for the third one");
+}
+
+/// The caller of a turn makes one client's commits, however many, while each is quick; after
+/// a slow one the engine does for a while.
+#[test]
+fn commits_of_one_client_need_no_engine_while_each_is_quick() {
+    use blockfilter::engine::queue::Op;
+    let journal = |op: &Op| {
+        matches!(op, Op::JournalWrite { .. } | Op::JournalSync | Op::JournalCommit { .. })
+    };
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    site.create(&files);
+    let hangs = Arc::new(AtomicBool::new(false));
+    let hanging = |target| -> Box<dyn Engine> { Box::new(Hanging::new(target, journal, &hangs)) };
+    let mut volume = site.open_with(Arc::new(files), hanging).unwrap();
+    volume.set_alone(true);
+    let commit = |volume: &mut Volume, look: u64| {
+        site.clock.1.store(look, Ordering::SeqCst);
+        let (_, end) = volume.write(0, 0, &[7; 4096], false).unwrap();
+        volume.flush(1);
+        volume.turn(&mut Vec::new());
+        volume.positions().durable.0 >= end
+    };
+    hangs.store(true, Ordering::SeqCst);
+    for n in 0..200 {
+        assert!(commit(&mut volume, 100), "commit {n}");
+    }
+    assert!(commit(&mut volume, 6_000), "the first slow one");
+    assert!(!commit(&mut volume, 100), "who knows how long");
+    hangs.store(false, Ordering::SeqCst);
+    settle_all(&mut volume);
+    site.clock.advance(300_000);
+    turns(&mut volume, &site.clock, 3);
+    hangs.store(true, Ordering::SeqCst);
+    assert!(commit(&mut volume, 100), "the pause is over");
 }
 
 /// The last write of one record, as `(log entry, first sector)` of its header and payload.
