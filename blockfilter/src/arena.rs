@@ -189,7 +189,7 @@ impl Arena {
     /// Asks for the file's memory in huge pages, also on a tmpfs that does not use them by
     /// itself (Linux 6.1 on): fewer and longer pieces for the journal's device, and fewer
     /// misses of the TLB with each copy. What is refused stays as it is; where memory is in
-    /// fragments a start does not wait for it longer than [`HUGE_WAIT`] and one page more.
+    /// fragments a start does not wait for it longer than half a second and one page more.
     /// Returns how many bytes are in huge pages.
     pub fn use_huge_pages(&self, clock: &dyn Clock) -> u64 {
         let (since, mut got) = (clock.mono_us(), 0);

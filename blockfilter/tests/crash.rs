@@ -281,7 +281,7 @@ fn commits_of_one_client_need_no_engine_while_each_is_quick() {
     let mut volume = site.open_with(Arc::new(files), hanging).unwrap();
     volume.set_alone(true);
     let commit = |volume: &mut Volume, look: u64| {
-        site.clock.1.store(look, Ordering::SeqCst);
+        site.clock.step.store(look, Ordering::SeqCst);
         let (_, end) = volume.write(0, 0, &[7; 4096], false).unwrap();
         volume.flush(1);
         volume.turn(&mut Vec::new());

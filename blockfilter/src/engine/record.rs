@@ -321,9 +321,8 @@ impl SimFile {
         disk.change(self.file, change)?;
         failed.map_or(Ok(()), |failure| Err(failure.error()))
     }
-}
 
-impl SimFile {
+    /// Records that a sync did this, or failed.
     fn sync(&self, done: Entry) -> io::Result<()> {
         let mut disk = self.files.lock();
         let verdict = disk.next(Op::SyncData, &self.path);

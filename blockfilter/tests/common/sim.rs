@@ -27,17 +27,21 @@ pub const DISK: u64 = 256 * 512;
 
 /// Time that moves only when a test says so: by hand, or so far with each look.
 #[derive(Debug, Default)]
-pub struct TestClock(pub AtomicU64, pub AtomicU64);
+pub struct TestClock {
+    now: AtomicU64,
+    /// How far each look moves it, microseconds.
+    pub step: AtomicU64,
+}
 
 impl TestClock {
     pub fn advance(&self, us: u64) {
-        self.0.fetch_add(us, Ordering::SeqCst);
+        self.now.fetch_add(us, Ordering::SeqCst);
     }
 }
 
 impl Clock for TestClock {
     fn mono_us(&self) -> u64 {
-        self.0.fetch_add(self.1.load(Ordering::SeqCst), Ordering::SeqCst)
+        self.now.fetch_add(self.step.load(Ordering::SeqCst), Ordering::SeqCst)
     }
     fn wall_us(&self) -> u64 {
         1_700_000_000_000_000 + self.mono_us()
