@@ -18,6 +18,7 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use rustix::event::{EventfdFlags, eventfd};
 use zerocopy::IntoBytes;
 
+use super::cpu::{Guest, Offer};
 use super::{File, Files, TURN_BYTES, give_way};
 use crate::apply::{ApplyOp, SealedBatch, plan};
 use crate::arena::{Arena, Word};
@@ -145,6 +146,8 @@ pub struct Target {
     pub written_again: AtomicU64,
     /// The memory.
     pub arena: Arc<Arena>,
+    /// Where write-back computes while it keeps up.
+    pub seat: Arc<Offer>,
     /// For the note.
     pub files: Arc<dyn Files>,
     /// The note.
@@ -221,13 +224,16 @@ impl Target {
 
     fn apply_all(&self, index: u8, ops: &[ApplyOp]) -> io::Result<()> {
         let mut moved = 0;
+        let mut guest = Guest::new();
         for op in ops {
             self.apply_one(index, op)?;
             moved += APPLY_COST + op.written();
             if moved >= TURN_BYTES as u64 {
                 moved = 0;
                 // Else clients will wait for room.
-                if self.arena.room() > self.arena.size() / 2 {
+                let keeps_up = self.arena.room() > self.arena.size() / 2;
+                guest.go(self.seat.get().filter(|_| keeps_up));
+                if keeps_up {
                     give_way();
                 }
             }
@@ -596,6 +602,7 @@ mod tests {
             writes: vec![Writes::default()],
             written_again: 0.into(),
             arena: Arc::new(arena),
+            seat: Arc::default(),
             files: Arc::new(files),
             marker: "/unjournaled".into(),
         };

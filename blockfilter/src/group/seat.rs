@@ -11,12 +11,20 @@
 //! holds a processor where it takes turns, most often with its client, until it has time to
 //! sleep: the copy and write-back then have the other one. It lets go twice a second all the
 //! same, because it does not know with whom.
+//!
+//! A thread that carries out commits sleeps for the device again and again. If write-back takes
+//! its processor meanwhile, it wakes up on its client's. So there, without a copy, it holds
+//! its processor, on a small machine, and has write-back compute on the same one
+//! ([`Offer`]): that fills the times in which it sleeps, and the client has the other one.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
-use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
+use rustix::thread::{CpuSet, sched_getcpu};
 use rustix::time::{ClockId, clock_gettime};
+
+use crate::engine::cpu::{Hold, Offer, all_allowed, move_over};
 
 /// Moves or holds the thread that made it.
 #[derive(Debug)]
@@ -25,8 +33,10 @@ pub(super) struct Seat {
     account: Option<File>,
     /// See [`all_allowed`].
     all: Option<CpuSet>,
-    /// The one processor that it is held on, and what it might use before.
-    held: Option<(CpuSet, CpuSet)>,
+    /// While it is held on one processor.
+    held: Option<Hold>,
+    /// Which one, for write-back.
+    offer: Arc<Offer>,
     decision: Decision,
 }
 
@@ -35,16 +45,19 @@ pub(super) struct Seat {
 pub(super) enum Beside {
     Nothing,
     WriteBack,
+    /// The device, which this thread waits for in commits, whether or not something is written
+    /// back too.
+    Commits,
     /// A connected copy, whether or not something is written back too.
     Copy,
 }
 
 impl Seat {
     /// For the calling thread.
-    pub(super) fn new() -> Self {
+    pub(super) fn new(offer: Arc<Offer>) -> Self {
         let account = File::open("/proc/thread-self/schedstat").ok();
         let all = all_allowed().ok().flatten();
-        Self { account, all, held: None, decision: Decision::default() }
+        Self { account, all, held: None, offer, decision: Decision::default() }
     }
 
     /// To be called before a wait, at `now` (monotonic microseconds). True if it moved.
@@ -54,13 +67,18 @@ impl Seat {
         }
         let used = match beside {
             Beside::WriteBack => None,
-            Beside::Nothing | Beside::Copy => self.account.as_ref().and_then(used),
+            Beside::Nothing | Beside::Commits | Beside::Copy => {
+                self.account.as_ref().and_then(used)
+            }
         };
         match self.decision.take(now, beside, used, self.held.is_some()) {
             Step::Stay => false,
-            Step::Move => move_over(self.all),
+            Step::Move => {
+                self.let_go();
+                move_over(self.all)
+            }
             Step::Hold => {
-                self.hold();
+                self.hold(beside);
                 false
             }
             Step::LetGo => {
@@ -70,27 +88,18 @@ impl Seat {
         }
     }
 
-    fn hold(&mut self) {
-        let Ok(allowed) = sched_getaffinity(None) else { return };
-        if !(2..=CROWD_MAX).contains(&allowed.count()) {
-            return;
-        }
-        let mut here = CpuSet::new();
-        here.set(sched_getcpu());
-        if sched_setaffinity(None, &here).is_ok() {
-            self.held = Some((here, back_to(allowed, self.all)));
+    fn hold(&mut self, beside: Beside) {
+        let cpu = sched_getcpu();
+        self.held = Hold::on(cpu, self.all);
+        if beside == Beside::Commits && self.held.is_some() {
+            self.offer.set(Some(cpu));
         }
     }
 
     fn let_go(&mut self) {
-        let Some((here, before)) = self.held.take() else { return };
-        if sched_getaffinity(None).is_ok_and(|now| now == here) {
-            // It fails only if none of them is left, and then the kernel chose already.
-            let _ = sched_setaffinity(None, &before);
-        } else if let Ok(Some(_)) = all_allowed() {
-            // The kernel chose, since our processor went away, and would go back to it. Whoever
-            // chose fewer meanwhile is right.
-            let _ = sched_setaffinity(None, &before);
+        if let Some(held) = self.held.take() {
+            self.offer.set(None);
+            held.let_go();
         }
     }
 }
@@ -104,44 +113,6 @@ fn used(account: &File) -> Option<Used> {
     // The account's own figure is as old as the last tick.
     let ran = clock_gettime(ClockId::ThreadCPUTime);
     Some(Used { ran: ran.tv_sec as u64 * 1_000_000 + ran.tv_nsec as u64 / 1000, waited })
-}
-
-/// Every processor, of which the kernel takes what a thread may use: so those that are added
-/// later count.
-fn every() -> CpuSet {
-    let mut every = CpuSet::new();
-    (0..CpuSet::MAX_CPU).for_each(|cpu| every.set(cpu));
-    every
-}
-
-/// What this thread may use, if nobody chose fewer for it than there are.
-fn all_allowed() -> rustix::io::Result<Option<CpuSet>> {
-    let allowed = sched_getaffinity(None)?;
-    sched_setaffinity(None, &every())?;
-    let all = sched_getaffinity(None)?;
-    if all != allowed {
-        sched_setaffinity(None, &allowed)?;
-    }
-    Ok((all == allowed).then_some(all))
-}
-
-/// To any other processor that it may use. False if there is none. `all`: see
-/// [`all_allowed`].
-fn move_over(all: Option<CpuSet>) -> bool {
-    let Ok(allowed) = sched_getaffinity(None) else { return false };
-    let mut others = allowed;
-    others.unset(sched_getcpu());
-    if others.count() == 0 || sched_setaffinity(None, &others).is_err() {
-        return false;
-    }
-    // It fails only if what is allowed has changed meanwhile.
-    let _ = sched_setaffinity(None, &back_to(allowed, all));
-    true
-}
-
-/// What to set so that the thread may use `allowed` again.
-fn back_to(allowed: CpuSet, all: Option<CpuSet>) -> CpuSet {
-    if all == Some(allowed) { every() } else { allowed }
 }
 
 /// How long a thread computed, and how long it was ready and did not, microseconds.
@@ -174,6 +145,11 @@ struct Decision {
     gap: u64,
 }
 
+/// The look before was beside something else.
+fn with_other(last: Option<(u64, Beside, Used)>, beside: Beside) -> bool {
+    last.is_some_and(|(_, with, _)| with != beside)
+}
+
 impl Decision {
     /// `used`: None where that does not matter now, or is not known.
     fn take(&mut self, now: u64, beside: Beside, used: Option<Used>, held: bool) -> Step {
@@ -190,7 +166,7 @@ impl Decision {
             self.moved = false;
             return self.hold(spent, held);
         }
-        if held {
+        if held && (beside != Beside::Commits || with_other(last, beside)) {
             return Step::LetGo;
         }
         let Some((elapsed, spent)) = spent else {
@@ -207,7 +183,11 @@ impl Decision {
             self.due = now + self.gap;
         }
         self.moved = go;
-        if go { Step::Move } else { Step::Stay }
+        match go {
+            true => Step::Move,
+            false if beside == Beside::Commits && !held => Step::Hold,
+            false => Step::Stay,
+        }
     }
 
     fn hold(&mut self, spent: Option<(u64, Used)>, held: bool) -> Step {
@@ -239,8 +219,6 @@ const TURNS_MAX: u32 = 64;
 const CROWDED: u64 = 8;
 /// Waiting so many times as long as computing is more than sharing.
 const UNFAIR: u64 = 3;
-/// Client, filter, write-back and copy: with as many processors each has its own.
-const CROWD_MAX: u32 = 3;
 /// Longest time between two moves that gain nothing, microseconds.
 const GAP_MAX: u64 = 64_000;
 
@@ -343,48 +321,5 @@ mod tests {
             assert_eq!(decision.take(1 << 41, after, waited(900_000), true), Step::LetGo);
             assert_eq!(decision.take(1 << 42, after, None, false), Step::Stay);
         }
-    }
-
-    /// The processors that this thread may use while it tests: two, if there are as many.
-    fn two() -> (CpuSet, CpuSet) {
-        let before = sched_getaffinity(None).unwrap();
-        let mut two = CpuSet::new();
-        (0..CpuSet::MAX_CPU).filter(|c| before.is_set(*c)).take(2).for_each(|c| two.set(c));
-        sched_setaffinity(None, &two).unwrap();
-        (before, two)
-    }
-
-    #[test]
-    fn a_thread_that_was_held_may_use_what_it_might_before_but_for_what_others_chose() {
-        let (before, allowed) = two();
-        let mut seat = Seat::new();
-        seat.hold();
-        assert_eq!(seat.held.is_some(), allowed.count() == 2);
-        assert_eq!(sched_getaffinity(None).unwrap().count(), 1);
-        seat.let_go();
-        assert_eq!(sched_getaffinity(None).unwrap(), allowed);
-        let mut one = CpuSet::new();
-        one.set(sched_getcpu());
-        seat.held = Some((allowed, allowed));
-        sched_setaffinity(None, &one).unwrap();
-        seat.let_go();
-        assert_eq!(sched_getaffinity(None).unwrap(), one);
-        sched_setaffinity(None, &before).unwrap();
-    }
-
-    #[test]
-    fn a_thread_may_use_what_it_might_before_it_moved() {
-        let before = sched_getaffinity(None).unwrap();
-        let all = all_allowed().unwrap();
-        assert_eq!(move_over(all), before.count() > 1);
-        assert_eq!(sched_getaffinity(None).unwrap(), before);
-        let mut one = CpuSet::new();
-        one.set(sched_getcpu());
-        sched_setaffinity(None, &one).unwrap();
-        assert_eq!(all_allowed().unwrap().is_some(), before.count() == 1);
-        assert!(!move_over(None));
-        assert_eq!(sched_getaffinity(None).unwrap(), one);
-        sched_setaffinity(None, &before).unwrap();
-        assert!(used(&File::open("/proc/thread-self/schedstat").unwrap()).is_some());
     }
 }

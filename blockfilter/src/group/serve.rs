@@ -113,6 +113,7 @@ impl Server {
         add(control.as_fd(), CONTROL)?;
         let exports = config.disks.iter().map(|d| config.export(&d.disk)).collect();
         let shared = Shared::new(exports, config.arena_bytes / 2);
+        let seat = Seat::new(volume.seat());
         Ok(Self {
             awake: Awake::new(),
             volume,
@@ -130,7 +131,7 @@ impl Server {
             swept_at: 0,
             stopping: None,
             spin: Spin::default(),
-            seat: Seat::new(),
+            seat,
             alone: Alone::default(),
         })
     }
@@ -178,6 +179,8 @@ impl Server {
         let due = self.due(start);
         let beside = if self.ctls.values().any(Ctl::follows) {
             Beside::Copy
+        } else if self.volume.commits_here(start) {
+            Beside::Commits
         } else if self.volume.is_applying() {
             Beside::WriteBack
         } else {

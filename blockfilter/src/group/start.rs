@@ -208,6 +208,7 @@ pub fn recover(
             writes: disks.iter().map(|_| Writes::default()).collect(),
             written_again: 0.into(),
             arena,
+            seat: Arc::default(),
             files: files.clone(),
             marker: marker.clone(),
         })

@@ -20,6 +20,7 @@ use crate::arena::{Arena, Word};
 use crate::block::{BLOCK, Errno, Extent};
 use crate::control::{DiskStatus, FilterStatus, Positions};
 use crate::dirty::DirtyExtent;
+use crate::engine::cpu::Offer;
 use crate::engine::queue::{Done, Engine, Op, Target};
 use crate::engine::{Clock, Files, no_space};
 use crate::filter::{Action, COMMIT_BYTES, Filter, Memory};
@@ -305,6 +306,16 @@ impl Volume {
     /// Whether records are being written to their disks, by another thread.
     pub fn is_applying(&self) -> bool {
         self.filter.applying().is_some()
+    }
+
+    /// Whether commits are carried out by the caller of [`Volume::turn`] these days.
+    pub fn commits_here(&self, now: u64) -> bool {
+        self.here.often(now)
+    }
+
+    /// See [`Target::seat`].
+    pub fn seat(&self) -> Arc<Offer> {
+        self.target.seat.clone()
     }
 
     /// Makes [`Volume::fd`] unreadable until more is done.
@@ -633,6 +644,8 @@ struct Here {
     from: u64,
     /// What the parts of this commit took there until now, microseconds.
     parts: u64,
+    /// The end of the last part, if there was one.
+    last: Option<u64>,
 }
 
 impl Here {
@@ -640,9 +653,15 @@ impl Here {
         now >= self.from
     }
 
+    /// There was one lately.
+    fn often(&self, now: u64) -> bool {
+        self.last.is_some_and(|last| now < last + HERE_LATELY)
+    }
+
     /// A part of one was made there, between these times.
     fn took(&mut self, before: u64, after: u64) {
         self.parts += after.saturating_sub(before);
+        self.last = Some(after);
         if self.parts > HERE_MAX {
             self.from = after + (self.parts * HERE_PAUSE).clamp(HERE_PAUSE_MIN, HERE_PAUSE_MAX);
         }
@@ -674,6 +693,8 @@ const HERE_PAUSE: u64 = 15;
 /// ... but at least for so long, and, where the journal hung for seconds, at most, microseconds.
 const HERE_PAUSE_MIN: u64 = 250_000;
 const HERE_PAUSE_MAX: u64 = 60_000_000;
+/// Commits are made in the group's thread while the last such one is no older, microseconds.
+const HERE_LATELY: u64 = 5_000;
 
 #[cfg(test)]
 mod tests {
