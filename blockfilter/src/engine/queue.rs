@@ -223,11 +223,9 @@ impl Target {
     }
 
     fn apply_all(&self, index: u8, ops: &[ApplyOp]) -> io::Result<()> {
-        let mut moved = 0;
+        let mut moved = TURN_BYTES as u64;
         let mut guest = Guest::new();
         for op in ops {
-            self.apply_one(index, op)?;
-            moved += APPLY_COST + op.written();
             if moved >= TURN_BYTES as u64 {
                 moved = 0;
                 // Else clients will wait for room.
@@ -237,6 +235,8 @@ impl Target {
                     give_way();
                 }
             }
+            self.apply_one(index, op)?;
+            moved += APPLY_COST + op.written();
         }
         Ok(())
     }
@@ -525,6 +525,7 @@ mod tests {
     use std::time::Duration;
 
     use crossbeam::channel::bounded;
+    use rustix::thread::sched_getaffinity;
 
     use super::*;
     use crate::arena::{ARENA_MAGIC, ArenaHdr};
@@ -534,10 +535,12 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
-    /// A disk whose second write waits until told, and that counts its syncs.
+    /// A disk whose second write waits until told, and that counts its syncs and the processors
+    /// that each write might use.
     #[derive(Debug)]
     struct Slow {
         inner: Arc<dyn File>,
+        might_use: Mutex<Vec<u32>>,
         begun: Sender<()>,
         go: Receiver<()>,
         syncs: AtomicUsize,
@@ -549,6 +552,7 @@ mod tests {
             self.inner.read_exact_at(offset, buf)
         }
         fn write_all_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+            self.might_use.lock().unwrap().push(sched_getaffinity(None).unwrap().count());
             if offset > 0 {
                 self.begun.send(()).unwrap();
                 self.go.recv_timeout(LONG).unwrap();
@@ -587,8 +591,8 @@ mod tests {
         let inner = files.open(Path::new("/d"), Open::CreateNew).unwrap();
         inner.set_len(1 << 20).unwrap();
         let ((begun, has_begun), (tell, go)) = (bounded(1), bounded(1));
-        let (syncs, broken) = Default::default();
-        let slow = Arc::new(Slow { inner, begun, go, syncs, broken });
+        let (syncs, broken, might_use) = Default::default();
+        let slow = Arc::new(Slow { inner, might_use, begun, go, syncs, broken });
         let size = 65536.into();
         let hdr = ArenaHdr { magic: ARENA_MAGIC, version: 1.into(), size, ..Default::default() };
         let arena = Arena::create(&dir.join("arena"), &hdr).unwrap();
@@ -637,6 +641,23 @@ mod tests {
         assert!(matches!(target.execute(Op::SyncDisks), Done::SyncDisks(Ok(()))));
         assert_eq!(slow.syncs.load(Ordering::SeqCst), 2);
         assert_eq!(target.arena.word(Word::Syncing), 0);
+    }
+
+    #[test]
+    fn write_back_computes_where_it_is_offered_a_seat_while_it_keeps_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, slow, ..) = target(dir.path());
+        let before = sched_getaffinity(None).unwrap();
+        let all = before.count();
+        target.seat.set(Some(rustix::thread::sched_getcpu()));
+        let apply = || Op::Apply(vec![batch(&[0])]);
+        assert!(matches!(target.execute(apply()), Done::Apply(Ok(()))));
+        assert_eq!(sched_getaffinity(None).unwrap(), before);
+        // Most of the memory waits for it.
+        target.arena.advance_head(60_000);
+        assert!(matches!(target.execute(apply()), Done::Apply(Ok(()))));
+        let there = if (2..=3).contains(&all) { 1 } else { all };
+        assert_eq!(*slow.might_use.lock().unwrap(), [there, all]);
     }
 
     /// What was written again counts as unsynced until a sync of all disks succeeded.

@@ -322,4 +322,46 @@ mod tests {
             assert_eq!(decision.take(1 << 42, after, None, false), Step::Stay);
         }
     }
+
+    #[test]
+    fn who_carries_out_commits_holds_its_processor_and_moves_only_if_crowded() {
+        let mut decision = Decision::default();
+        let (mut now, mut used) = (0, Used { ran: 0, waited: 0 });
+        let mut take = |beside, waited, held| {
+            now = decision.due.max(now + 1);
+            used.waited += waited;
+            decision.take(now, beside, Some(used), held)
+        };
+        let many = LOOK;
+        assert_eq!(take(Beside::Commits, 0, false), Step::Stay);
+        assert_eq!(take(Beside::Commits, 50, false), Step::Hold);
+        assert_eq!(take(Beside::Commits, 50, true), Step::Stay);
+        assert_eq!(take(Beside::Commits, many, true), Step::Move);
+        // No better there.
+        assert_eq!(take(Beside::Commits, many, false), Step::Hold);
+        assert_eq!(take(Beside::Commits, 50, true), Step::Stay);
+        for other in [Beside::Nothing, Beside::Copy] {
+            assert_eq!(take(other, 50, true), Step::LetGo);
+            assert_eq!(take(other, 50, false), Step::Stay);
+            // What another reason held is held anew.
+            assert_eq!(take(Beside::Commits, 50, true), Step::LetGo);
+            assert_eq!(take(Beside::Commits, 50, false), Step::Hold);
+        }
+        now = decision.due;
+        assert_eq!(decision.take(now, Beside::WriteBack, None, true), Step::LetGo);
+    }
+
+    #[test]
+    fn write_back_is_offered_a_seat_only_while_commits_hold_the_thread() {
+        let offer = Arc::new(Offer::default());
+        let mut seat = Seat::new(offer.clone());
+        seat.hold(Beside::Copy);
+        assert_eq!(offer.get(), None);
+        seat.let_go();
+        seat.hold(Beside::Commits);
+        assert_eq!(offer.get().is_some(), seat.held.is_some());
+        seat.let_go();
+        assert_eq!(offer.get(), None);
+        assert!(used(&File::open("/proc/thread-self/schedstat").unwrap()).is_some());
+    }
 }
