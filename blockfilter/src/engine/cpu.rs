@@ -1,12 +1,13 @@
 //! Which processors a thread may use: held on one for a while, or moved off one.
 //!
-//! What others chose for a thread, before or meanwhile, stays.
+//! What others chose for a thread, before or meanwhile, stays, but for one thing: who chooses the
+//! very processor that it is held on is not told from us.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 
-/// A thread kept on one processor. Whoever made it must let it go.
+/// The calling thread, kept on one processor until this is dropped, by the same thread.
 #[derive(Debug)]
 pub(crate) struct Hold {
     here: CpuSet,
@@ -15,12 +16,11 @@ pub(crate) struct Hold {
 }
 
 impl Hold {
-    /// Keeps the calling thread on processor `cpu`. None on a machine with more than
-    /// [`CROWD_MAX`] for it, where each thread finds its own, or if it may not use that one.
+    /// On processor `cpu`. None if the thread may not use it, or no other.
     /// `all`: see [`all_allowed`].
     pub(crate) fn on(cpu: usize, all: Option<CpuSet>) -> Option<Self> {
         let allowed = sched_getaffinity(None).ok()?;
-        if !(2..=CROWD_MAX).contains(&allowed.count()) || !allowed.is_set(cpu) {
+        if allowed.count() < 2 || !allowed.is_set(cpu) {
             return None;
         }
         let mut here = CpuSet::new();
@@ -28,9 +28,10 @@ impl Hold {
         sched_setaffinity(None, &here).ok()?;
         Some(Self { here, before: back_to(allowed, all) })
     }
+}
 
-    /// To be called by the thread that is kept.
-    pub(crate) fn let_go(self) {
+impl Drop for Hold {
+    fn drop(&mut self) {
         if sched_getaffinity(None).is_ok_and(|now| now == self.here) {
             // It fails only if none of them is left, and then the kernel chose already.
             let _ = sched_setaffinity(None, &self.before);
@@ -58,39 +59,21 @@ impl Offer {
     }
 }
 
-/// The thread that takes an [`Offer`], for as long as this lives.
-#[derive(Debug)]
+/// The thread that takes an [`Offer`], until this is dropped.
+#[derive(Debug, Default)]
 pub(crate) struct Guest {
-    all: Option<CpuSet>,
     on: Option<usize>,
     held: Option<Hold>,
 }
 
 impl Guest {
-    /// The calling thread, which goes where it likes until [`Guest::go`].
-    pub(crate) fn new() -> Self {
-        Self { all: None, on: None, held: None }
-    }
-
     /// To that processor; None: wherever it likes. For the thread that made it.
     pub(crate) fn go(&mut self, to: Option<usize>) {
-        if to == self.on {
-            return;
+        if to != self.on {
+            self.on = to;
+            self.held = None;
+            self.held = to.and_then(|cpu| Hold::on(cpu, all_allowed().ok().flatten()));
         }
-        self.on = to;
-        if let Some(held) = self.held.take() {
-            held.let_go();
-        }
-        if let Some(cpu) = to {
-            self.all = self.all.or_else(|| all_allowed().ok().flatten());
-            self.held = Hold::on(cpu, self.all);
-        }
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        self.go(None);
     }
 }
 
@@ -132,17 +115,14 @@ fn back_to(allowed: CpuSet, all: Option<CpuSet>) -> CpuSet {
     if all == Some(allowed) { every() } else { allowed }
 }
 
-/// Client, filter, write-back and copy: with as many processors each has its own.
-const CROWD_MAX: u32 = 3;
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
     use super::*;
 
     /// The processors that this thread may use while it tests: two, if there are as many.
-    fn two() -> (CpuSet, CpuSet) {
+    pub(crate) fn two() -> (CpuSet, CpuSet) {
         let before = sched_getaffinity(None).unwrap();
         let mut two = CpuSet::new();
         (0..CpuSet::MAX_CPU).filter(|c| before.is_set(*c)).take(2).for_each(|c| two.set(c));
@@ -156,13 +136,13 @@ mod tests {
         let held = Hold::on(sched_getcpu(), None);
         assert_eq!(held.is_some(), allowed.count() == 2);
         assert_eq!(sched_getaffinity(None).unwrap().count(), 1);
-        held.into_iter().for_each(Hold::let_go);
+        drop(held);
         assert_eq!(sched_getaffinity(None).unwrap(), allowed);
         let mut one = CpuSet::new();
         one.set(sched_getcpu());
         let held = Hold { here: allowed, before: allowed };
         sched_setaffinity(None, &one).unwrap();
-        held.let_go();
+        drop(held);
         assert_eq!(sched_getaffinity(None).unwrap(), one);
         sched_setaffinity(None, &before).unwrap();
     }
@@ -185,7 +165,7 @@ mod tests {
     #[test]
     fn a_guest_goes_where_it_is_told_and_then_where_it_likes() {
         let (before, allowed) = two();
-        let mut guest = Guest::new();
+        let mut guest = Guest::default();
         let offer = Offer::default();
         assert_eq!(offer.get(), None);
         for cpu in (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)) {

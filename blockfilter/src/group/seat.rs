@@ -13,15 +13,16 @@
 //! same, because it does not know with whom.
 //!
 //! A thread that carries out commits sleeps for the device again and again. If write-back takes
-//! its processor meanwhile, it wakes up on its client's. So there, without a copy, it holds
-//! its processor, on a small machine, and has write-back compute on the same one
-//! ([`Offer`]): that fills the times in which it sleeps, and the client has the other one.
+//! its processor meanwhile, it wakes up on its client's. So there, without a copy and with two
+//! processors, it holds its own, and has write-back compute on the same one ([`Offer`]): that
+//! fills the times in which it sleeps, and the client has the other one. Should it have to wait there
+//! it lets go, and tries that again only after growing gaps.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use rustix::thread::{CpuSet, sched_getcpu};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::engine::cpu::{Hold, Offer, all_allowed, move_over};
@@ -72,35 +73,31 @@ impl Seat {
             }
         };
         match self.decision.take(now, beside, used, self.held.is_some()) {
-            Step::Stay => false,
-            Step::Move => {
-                self.let_go();
-                move_over(self.all)
-            }
-            Step::Hold => {
-                self.hold(beside);
-                false
-            }
-            Step::LetGo => {
-                self.let_go();
-                false
-            }
+            Step::Stay => {}
+            Step::Move => return move_over(self.all),
+            Step::Hold => self.hold(beside),
+            Step::LetGo => self.let_go(),
         }
+        false
+    }
+
+    /// When to look though nothing happens: write-back must not be kept here for nobody.
+    pub(super) fn due(&self) -> Option<u64> {
+        self.offer.get().map(|_| self.decision.due)
     }
 
     fn hold(&mut self, beside: Beside) {
-        let cpu = sched_getcpu();
-        self.held = Hold::on(cpu, self.all);
-        if beside == Beside::Commits && self.held.is_some() {
-            self.offer.set(Some(cpu));
+        let most = if beside == Beside::Copy { CROWD_MAX } else { PAIR };
+        if sched_getaffinity(None).is_ok_and(|allowed| allowed.count() <= most) {
+            let cpu = sched_getcpu();
+            self.held = Hold::on(cpu, self.all);
+            self.offer.set(self.held.as_ref().and((beside == Beside::Commits).then_some(cpu)));
         }
     }
 
     fn let_go(&mut self) {
-        if let Some(held) = self.held.take() {
-            self.offer.set(None);
-            held.let_go();
-        }
+        self.offer.set(None);
+        self.held = None;
     }
 }
 
@@ -143,11 +140,9 @@ struct Decision {
     turns: u32,
     /// To the look after one that saw no gain, microseconds.
     gap: u64,
-}
-
-/// The look before was beside something else.
-fn with_other(last: Option<(u64, Beside, Used)>, beside: Beside) -> bool {
-    last.is_some_and(|(_, with, _)| with != beside)
+    /// It is not held for commits again before, monotonic microseconds, and how long it was not.
+    again: u64,
+    pause: u64,
 }
 
 impl Decision {
@@ -166,13 +161,13 @@ impl Decision {
             self.moved = false;
             return self.hold(spent, held);
         }
-        if held && (beside != Beside::Commits || with_other(last, beside)) {
-            return Step::LetGo;
-        }
         let Some((elapsed, spent)) = spent else {
             self.moved = false;
-            return Step::Stay;
+            return if held { Step::LetGo } else { Step::Stay };
         };
+        if held {
+            return self.keep(now, spent.waited * CROWDED_HELD >= elapsed);
+        }
         let crowded = spent.waited * CROWDED >= elapsed;
         let go = crowded && !self.moved;
         if !crowded {
@@ -183,11 +178,24 @@ impl Decision {
             self.due = now + self.gap;
         }
         self.moved = go;
+        self.turns = 0;
         match go {
             true => Step::Move,
-            false if beside == Beside::Commits && !held => Step::Hold,
+            false if beside == Beside::Commits && !crowded && now >= self.again => Step::Hold,
             false => Step::Stay,
         }
+    }
+
+    /// Whether it is held for commits any longer: not where it waits, be it for write-back itself.
+    fn keep(&mut self, now: u64, crowded: bool) -> Step {
+        self.turns += 1;
+        if crowded {
+            self.pause = (self.pause * 2).clamp(LOOK, GAP_MAX);
+            self.again = now + self.pause;
+        } else if self.turns >= CALM {
+            self.pause = 0;
+        }
+        if crowded || self.turns >= TURNS_COMMITS { Step::LetGo } else { Step::Stay }
     }
 
     fn hold(&mut self, spent: Option<(u64, Used)>, held: bool) -> Step {
@@ -215,16 +223,31 @@ const LOOK: u64 = 1_000;
 const LOOK_COPY: u64 = 8_000;
 /// Looks for which it is held at a time.
 const TURNS_MAX: u32 = 64;
+/// The same for commits.
+const TURNS_COMMITS: u32 = 512;
+/// Looks that it has to be held without waiting for the gaps to be short again.
+const CALM: u32 = 32;
 /// Crowded is who waits for a processor one part of so many of the time.
 const CROWDED: u64 = 8;
+/// The same while it is held for commits: with its client it would wait longer.
+const CROWDED_HELD: u64 = 4;
 /// Waiting so many times as long as computing is more than sharing.
 const UNFAIR: u64 = 3;
-/// Longest time between two moves that gain nothing, microseconds.
+/// Client, filter, write-back and copy: with as many processors each has its own.
+const CROWD_MAX: u32 = 3;
+/// Client, and filter with write-back. With three processors it was not measured.
+const PAIR: u32 = 2;
+/// Longest time between two moves, or holds, that gain nothing, microseconds.
 const GAP_MAX: u64 = 64_000;
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+    use rustix::thread::sched_setaffinity;
+
     use super::*;
+    use crate::engine::cpu::tests::two;
 
     fn waited(waited: u64) -> Option<Used> {
         Some(Used { ran: 0, waited })
@@ -323,45 +346,91 @@ mod tests {
         }
     }
 
-    #[test]
-    fn who_carries_out_commits_holds_its_processor_and_moves_only_if_crowded() {
-        let mut decision = Decision::default();
-        let (mut now, mut used) = (0, Used { ran: 0, waited: 0 });
-        let mut take = |beside, waited, held| {
-            now = decision.due.max(now + 1);
-            used.waited += waited;
-            decision.take(now, beside, Some(used), held)
-        };
-        let many = LOOK;
-        assert_eq!(take(Beside::Commits, 0, false), Step::Stay);
-        assert_eq!(take(Beside::Commits, 50, false), Step::Hold);
-        assert_eq!(take(Beside::Commits, 50, true), Step::Stay);
-        assert_eq!(take(Beside::Commits, many, true), Step::Move);
-        // No better there.
-        assert_eq!(take(Beside::Commits, many, false), Step::Hold);
-        assert_eq!(take(Beside::Commits, 50, true), Step::Stay);
-        for other in [Beside::Nothing, Beside::Copy] {
-            assert_eq!(take(other, 50, true), Step::LetGo);
-            assert_eq!(take(other, 50, false), Step::Stay);
-            // What another reason held is held anew.
-            assert_eq!(take(Beside::Commits, 50, true), Step::LetGo);
-            assert_eq!(take(Beside::Commits, 50, false), Step::Hold);
+    /// Looks beside commits, each when due, that waited so much of the time in a hundred, held or
+    /// not; what is told is done. When it was held, and when it moved.
+    fn beside_commits(decision: &mut Decision, looks: u32, waited: [u64; 2]) -> [Vec<u64>; 2] {
+        let (mut now, mut used, mut held) = (decision.due, Used { ran: 0, waited: 0 }, false);
+        let (mut holds, mut moves) = (Vec::new(), Vec::new());
+        for _ in 0..looks {
+            let step = decision.take(now, Beside::Commits, Some(used), held);
+            match step {
+                Step::Hold => holds.push(now),
+                Step::Move => moves.push(now),
+                Step::Stay | Step::LetGo => {}
+            }
+            held = step == Step::Hold || held && step != Step::LetGo;
+            used.waited += (decision.due - now) * waited[usize::from(held)] / 100;
+            now = decision.due;
         }
-        now = decision.due;
-        assert_eq!(decision.take(now, Beside::WriteBack, None, true), Step::LetGo);
+        [holds, moves]
+    }
+
+    #[test]
+    fn who_carries_out_commits_holds_its_processor_and_lets_go_now_and_then() {
+        let [holds, moves] = beside_commits(&mut Decision::default(), 1200, [5, 5]);
+        let again = u64::from(TURNS_COMMITS + 1) * LOOK;
+        assert_eq!((holds, moves), (vec![LOOK, LOOK + again, LOOK + again * 2], vec![]));
+    }
+
+    #[test]
+    fn where_commits_wait_only_while_held_they_are_held_after_growing_gaps() {
+        let mut decision = Decision::default();
+        let [holds, moves] = beside_commits(&mut decision, 1000, [5, 40]);
+        assert!(moves.is_empty(), "{moves:?}");
+        let gaps: Vec<u64> = holds.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        assert!(gaps.is_sorted() && gaps.len() > 10, "{gaps:?}");
+        assert_eq!(gaps.last(), Some(&(LOOK + GAP_MAX)));
+        // A calm hold ends that.
+        assert_eq!(decision.pause, GAP_MAX);
+        assert_eq!(beside_commits(&mut decision, CALM * 8, [5, 5])[0].len(), 1);
+        assert_eq!(decision.pause, 0);
+    }
+
+    #[test]
+    fn commits_are_not_held_where_they_wait_anyway() {
+        let [holds, moves] = beside_commits(&mut Decision::default(), 100, [40, 40]);
+        assert!(holds.is_empty() && moves.len() > 5, "{holds:?} {moves:?}");
+    }
+
+    #[test]
+    fn a_hold_for_commits_ends_with_them_with_the_account_and_when_a_copy_begins() {
+        for (beside, used) in [
+            (Beside::Nothing, waited(0)),
+            (Beside::WriteBack, None),
+            (Beside::Copy, waited(0)),
+            (Beside::Commits, None),
+        ] {
+            let mut decision = Decision::default();
+            assert_eq!(decision.take(1, Beside::Commits, waited(0), false), Step::Stay);
+            assert_eq!(decision.take(1001, Beside::Commits, waited(0), false), Step::Hold);
+            assert_eq!(decision.take(2001, Beside::Commits, waited(0), true), Step::Stay);
+            assert_eq!(decision.take(3001, beside, used, true), Step::LetGo);
+        }
+        // One for a copy is none for commits: it offers nothing.
+        let mut decision = Decision::default();
+        decision.take(1, Beside::Copy, waited(0), true);
+        assert_eq!(decision.take(1001, Beside::Commits, waited(0), true), Step::LetGo);
     }
 
     #[test]
     fn write_back_is_offered_a_seat_only_while_commits_hold_the_thread() {
+        let (before, allowed) = two();
         let offer = Arc::new(Offer::default());
         let mut seat = Seat::new(offer.clone());
         seat.hold(Beside::Copy);
-        assert_eq!(offer.get(), None);
+        assert_eq!((offer.get(), seat.due()), (None, None));
         seat.let_go();
         seat.hold(Beside::Commits);
-        assert_eq!(offer.get().is_some(), seat.held.is_some());
+        let there = (allowed.count() == 2).then(sched_getcpu);
+        assert_eq!((offer.get(), seat.due().is_some()), (there, there.is_some()));
+        assert_eq!(sched_getaffinity(None).unwrap().count(), 1);
         seat.let_go();
-        assert_eq!(offer.get(), None);
+        assert_eq!((offer.get(), sched_getaffinity(None).unwrap()), (None, allowed));
+        sched_setaffinity(None, &before).unwrap();
+    }
+
+    #[test]
+    fn the_kernel_keeps_an_account() {
         assert!(used(&File::open("/proc/thread-self/schedstat").unwrap()).is_some());
     }
 }

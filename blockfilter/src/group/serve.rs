@@ -176,7 +176,6 @@ impl Server {
     fn wait(&mut self, ready: &mut Vec<epoll::Event>) -> io::Result<()> {
         self.awake.look(self.clock.mono_us());
         let start = self.clock.mono_us();
-        let due = self.due(start);
         let beside = if self.ctls.values().any(Ctl::follows) {
             Beside::Copy
         } else if self.volume.commits_here(start) {
@@ -189,6 +188,7 @@ impl Server {
         if self.seat.look(start, beside) {
             self.spin = Spin::default();
         }
+        let due = self.due(start);
         if due > start && self.spin.begin() {
             let until = due.min(start + SPIN_MAX);
             let mut before = start;
@@ -223,7 +223,8 @@ impl Server {
     /// When something is due though nothing happens; monotonic microseconds.
     fn due(&self, now: u64) -> u64 {
         let ctl = self.ctls.values().filter_map(Ctl::deadline).min();
-        let due = self.volume.timeout().into_iter().chain(ctl).chain(self.awake.due()).min();
+        let ours = self.awake.due().into_iter().chain(self.seat.due());
+        let due = self.volume.timeout().into_iter().chain(ctl).chain(ours).min();
         due.unwrap_or(u64::MAX).min(now + SWEEP_EVERY)
     }
 

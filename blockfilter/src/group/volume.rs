@@ -703,6 +703,7 @@ mod tests {
     #[test]
     fn slow_commits_of_seconds_at_most_keep_the_thread_for_a_sixteenth_of_the_time_at_most() {
         let (mut here, mut now, mut kept) = (Here::default(), 0, 0);
+        assert!(!here.often(now));
         for took in [200, HERE_MAX, HERE_MAX + 1, 7_000, 40_000, 2_000_000] {
             let part = took / 3;
             here.took(now, now + part);
@@ -710,6 +711,7 @@ mod tests {
             here.took(now + part, now + took);
             here.ended();
             now += took;
+            assert!(here.often(now + HERE_LATELY - 1) && !here.often(now + HERE_LATELY));
             let slow = took > HERE_MAX;
             assert_eq!(here.may(now), !slow);
             if slow {
