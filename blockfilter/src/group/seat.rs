@@ -140,8 +140,9 @@ struct Decision {
     turns: u32,
     /// To the look after one that saw no gain, microseconds.
     gap: u64,
-    /// It is not held for commits again before, monotonic microseconds, and how long it was not.
+    /// It is not held for commits before, monotonic microseconds.
     again: u64,
+    /// How long it was not, after it had to wait while it was held, microseconds.
     pause: u64,
 }
 

@@ -310,7 +310,7 @@ impl Volume {
 
     /// Whether commits are carried out by the caller of [`Volume::turn`] these days.
     pub fn commits_here(&self, now: u64) -> bool {
-        self.here.often(now)
+        self.here.is_recent(now)
     }
 
     /// See [`Target::seat`].
@@ -653,8 +653,8 @@ impl Here {
         now >= self.from
     }
 
-    /// There was one lately.
-    fn often(&self, now: u64) -> bool {
+    /// The last part was made there lately.
+    fn is_recent(&self, now: u64) -> bool {
         self.last.is_some_and(|last| now < last + HERE_LATELY)
     }
 
@@ -703,7 +703,7 @@ mod tests {
     #[test]
     fn slow_commits_of_seconds_at_most_keep_the_thread_for_a_sixteenth_of_the_time_at_most() {
         let (mut here, mut now, mut kept) = (Here::default(), 0, 0);
-        assert!(!here.often(now));
+        assert!(!here.is_recent(now));
         for took in [200, HERE_MAX, HERE_MAX + 1, 7_000, 40_000, 2_000_000] {
             let part = took / 3;
             here.took(now, now + part);
@@ -711,7 +711,7 @@ mod tests {
             here.took(now + part, now + took);
             here.ended();
             now += took;
-            assert!(here.often(now + HERE_LATELY - 1) && !here.often(now + HERE_LATELY));
+            assert!(here.is_recent(now + HERE_LATELY - 1) && !here.is_recent(now + HERE_LATELY));
             let slow = took > HERE_MAX;
             assert_eq!(here.may(now), !slow);
             if slow {
