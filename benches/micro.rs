@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a benchmark stops at the first surprise")]
 
+use blockfilter::crc32c;
 use blockfilter::dirty::Dirty;
 use blockfilter::journal::batch::{finish_batch, parse_batch, payloads_ok};
 use blockfilter::journal::format::{BatchHdr, PAGE, RecDesc, RecOp};

@@ -19,6 +19,7 @@ pub mod arena;
 pub mod block;
 pub mod config;
 pub mod control;
+pub mod crc32c;
 pub mod dirty;
 pub mod engine;
 pub mod filter;

@@ -6,6 +6,7 @@
 //! LSN range; nothing was decompressed for that. Before it: the channel, which
 //! asks [`check_header`] before it allocates. After it: receiver and store.
 
+use blockfilter::crc32c;
 use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;

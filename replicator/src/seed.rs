@@ -8,6 +8,7 @@
 //! cursor only grows. Before it: the filter's NBD socket. After it: the shipper,
 //! which sends a step once the source is durable beyond its `h`.
 
+use blockfilter::crc32c;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -7,6 +7,7 @@
 //! flushed is whole after a crash. Before it: a view. After it: NBD. It never
 //! touches the group's own history.
 
+use blockfilter::crc32c;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 

@@ -1,5 +1,6 @@
 //! Giving records their LSN and batches their place. (pure)
 
+use crate::crc32c;
 use zerocopy::IntoBytes;
 
 use super::{

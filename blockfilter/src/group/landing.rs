@@ -5,6 +5,7 @@
 //! There is one at a time; whatever is admitted before it is complete takes the place, and what had
 //! come is moved out first.
 
+use crate::crc32c;
 use std::io;
 
 use crate::arena::Arena;

@@ -5,6 +5,7 @@
 //! lost: sync the journal, scan it, write the records back, sync the disks, and only
 //! then a super block with the new checkpoint and the next incarnation (ruling 4).
 
+use crate::crc32c;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

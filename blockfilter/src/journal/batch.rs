@@ -1,5 +1,6 @@
 //! Making and checking batch and chunk headers and super blocks. (pure)
 
+use crate::crc32c;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::format::*;

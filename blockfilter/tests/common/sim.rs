@@ -5,6 +5,7 @@
 
 use blockfilter::block::ZeroFlags;
 use blockfilter::config::{DiskConfig, GroupConfig};
+use blockfilter::crc32c;
 use blockfilter::engine::blocking::Blocking;
 use blockfilter::engine::queue::{Done, Engine, Inline, Op, Target};
 use blockfilter::engine::record::Rng;

@@ -1,5 +1,6 @@
 //! Epochs against the plain order of records: a prefix stays a prefix.
 
+use blockfilter::crc32c;
 use std::convert::Infallible;
 
 use proptest::prelude::*;

@@ -27,6 +27,7 @@
 //!
 //! *Versions*: 1 is the first. A reader refuses a greater one and says so.
 
+use blockfilter::crc32c;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 

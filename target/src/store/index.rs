@@ -6,6 +6,7 @@
 //! page is checked by CRC before an entry of it is believed. Before it: segments.
 //! After it: views. Only indexes are merged, the data stays where it is.
 
+use blockfilter::crc32c;
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;

@@ -4,6 +4,7 @@
 //! whole sectors. The frame itself was checked by `replicator::frame` already.
 //! Nothing is decompressed here but the frame that carries a mark's tag.
 
+use blockfilter::crc32c;
 use std::borrow::Cow;
 
 use blockfilter::block::SECTOR;

@@ -11,6 +11,7 @@
 //! left over from a crash. JSON, so that fields can be added; a change that older
 //! programs would misread raises the version.
 
+use blockfilter::crc32c;
 use std::path::{Path, PathBuf};
 
 use blockfilter::engine::{Files, Open, read_file};

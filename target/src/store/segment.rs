@@ -8,6 +8,7 @@
 //! made it durable may be the one that failed. Before it: checked frames. After
 //! it: the index. It never decompresses and never decides what may be appended.
 
+use blockfilter::crc32c;
 use std::collections::HashMap;
 use std::io;
 use std::num::NonZeroUsize;

@@ -1,5 +1,6 @@
 //! A filter in memory: disks, durable batches, positions.
 
+use blockfilter::crc32c;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;

@@ -1,5 +1,6 @@
 //! Claims about drills, export names, and opening large histories.
 
+use blockfilter::crc32c;
 use std::sync::Arc;
 
 use blockfilter::block::{Errno, Export, SECTOR, ZeroFlags};

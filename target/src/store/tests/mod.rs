@@ -1,5 +1,6 @@
 //! Claims about the store, checked against a source in memory.
 
+use blockfilter::crc32c;
 use std::sync::Arc;
 
 use blockfilter::block::{Errno, Export, SECTOR};

@@ -1,5 +1,6 @@
 //! A source in memory that knows what every point must look like.
 
+use blockfilter::crc32c;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
