@@ -18,6 +18,7 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use rustix::event::{EventfdFlags, eventfd};
 use zerocopy::IntoBytes;
 
+use super::bulk;
 use super::cpu::{Guest, Offer};
 use super::{File, Files, TURN_BYTES, give_way};
 use crate::apply::{ApplyOp, SealedBatch, plan};
@@ -414,7 +415,7 @@ impl Lanes {
         let event = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
         let (to_done, done) = unbounded();
         let mut threads = Vec::new();
-        let mut start = |name: &str, count: usize| -> io::Result<Sender<Op>> {
+        let mut start = |name: &str, count: usize, in_bulk: bool| -> io::Result<Sender<Op>> {
             // What is submitted bounds it; a bounded channel would take all its memory now.
             let (sender, ops) = unbounded::<Op>();
             for _ in 0..count {
@@ -422,6 +423,9 @@ impl Lanes {
                 let (target, event) = (target.clone(), event.clone());
                 let thread = std::thread::Builder::new().name(name.into());
                 threads.push(thread.spawn(move || {
+                    if in_bulk {
+                        bulk::work();
+                    }
                     for op in ops {
                         if to_done.send(target.execute(op)).is_err() {
                             return;
@@ -432,11 +436,11 @@ impl Lanes {
             }
             Ok(sender)
         };
-        let journal = start("sf-journal", 1)?;
-        let disks = start("sf-disks", 1)?;
-        let syncs = start("sf-syncs", 1)?;
-        let reads = start("sf-reads", readers)?;
-        let holes = start("sf-holes", 1)?;
+        let journal = start("sf-journal", 1, false)?;
+        let disks = start("sf-disks", 1, true)?;
+        let syncs = start("sf-syncs", 1, false)?;
+        let reads = start("sf-reads", readers, false)?;
+        let holes = start("sf-holes", 1, false)?;
         let ops = Some(Senders { journal, disks, syncs, reads, holes });
         Ok(Self { ops, threads, done, event })
     }

@@ -10,7 +10,8 @@
 //! the scheduler pushes the thread to and fro between the client and the copy. There it
 //! holds a processor where it takes turns, most often with its client, until it has time to
 //! sleep: the copy and write-back then have the other one. It lets go twice a second all the
-//! same, because it does not know with whom.
+//! same, because it does not know with whom. While it is held there it works in bulk ([`Bulk`]): its
+//! client's first message would wake it up, and the client's others would wait behind a batch of one.
 //!
 //! A thread that carries out commits sleeps for the device again and again. If write-back takes
 //! its processor meanwhile, it wakes up on its client's. So there, without a copy and with two
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu};
 use rustix::time::{ClockId, clock_gettime};
 
+use crate::engine::bulk::Bulk;
 use crate::engine::cpu::{Hold, Offer, all_allowed, move_over};
 
 /// Moves or holds the thread that made it.
@@ -36,6 +38,8 @@ pub(super) struct Seat {
     all: Option<CpuSet>,
     /// While it is held on one processor.
     held: Option<Hold>,
+    /// Meanwhile, beside a copy.
+    bulk: Option<Bulk>,
     /// Which one, for write-back.
     offer: Arc<Offer>,
     decision: Decision,
@@ -58,7 +62,7 @@ impl Seat {
     pub(super) fn new(offer: Arc<Offer>) -> Self {
         let account = File::open("/proc/thread-self/schedstat").ok();
         let all = all_allowed().ok().flatten();
-        Self { account, all, held: None, offer, decision: Decision::default() }
+        Self { account, all, held: None, bulk: None, offer, decision: Decision::default() }
     }
 
     /// To be called before a wait, at `now` (monotonic microseconds). True if it moved.
@@ -92,11 +96,15 @@ impl Seat {
             let cpu = sched_getcpu();
             self.held = Hold::on(cpu, self.all);
             self.offer.set(self.held.as_ref().and((beside == Beside::Commits).then_some(cpu)));
+            if self.held.is_some() && beside == Beside::Copy {
+                self.bulk = Bulk::begin();
+            }
         }
     }
 
     fn let_go(&mut self) {
         self.offer.set(None);
+        self.bulk = None;
         self.held = None;
     }
 }
@@ -248,6 +256,7 @@ mod tests {
     use rustix::thread::sched_setaffinity;
 
     use super::*;
+    use crate::engine::bulk::policy;
     use crate::engine::cpu::tests::two;
 
     fn waited(waited: u64) -> Option<Used> {
@@ -414,14 +423,19 @@ mod tests {
     }
 
     #[test]
-    fn write_back_is_offered_a_seat_only_while_commits_hold_the_thread() {
+    fn write_back_is_offered_a_seat_beside_commits_and_a_client_its_turn_beside_a_copy() {
         let (before, allowed) = two();
         let offer = Arc::new(Offer::default());
         let mut seat = Seat::new(offer.clone());
         seat.hold(Beside::Copy);
         assert_eq!((offer.get(), seat.due()), (None, None));
+        // Only there its client is not to be interrupted.
+        let held = allowed.count() == 2;
+        assert_eq!(policy(), if held { libc::SCHED_BATCH } else { libc::SCHED_OTHER });
         seat.let_go();
+        assert_eq!(policy(), libc::SCHED_OTHER);
         seat.hold(Beside::Commits);
+        assert_eq!(policy(), libc::SCHED_OTHER);
         let there = (allowed.count() == 2).then(sched_getcpu);
         assert_eq!((offer.get(), seat.due().is_some()), (there, there.is_some()));
         assert_eq!(sched_getaffinity(None).unwrap().count(), 1);
