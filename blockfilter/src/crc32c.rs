@@ -1,4 +1,8 @@
 //! CRC-32C (Castagnoli, RFC 3720), the checksum of everything that is kept or sent.
+//!
+//! By `crc-fast` where it has its wide multiplications: half the time and less. Elsewhere that would be
+//! tables, and on some aarch64 instructions that nobody asked for, while `crc32c` has what any processor
+//! with SSE 4.2 or with the CRC extension can do.
 
 use crc_fast::{CrcAlgorithm, Digest};
 
@@ -6,20 +10,32 @@ const CRC: CrcAlgorithm = CrcAlgorithm::Crc32Iscsi;
 
 /// Of `data`.
 pub fn crc32c(data: &[u8]) -> u32 {
-    crc_fast::checksum(CRC, data) as u32
+    if is_wide() { crc_fast::checksum(CRC, data) as u32 } else { ::crc32c::crc32c(data) }
 }
 
 /// Of something whose checksum is `crc`, and `data` behind it.
 pub fn crc32c_append(crc: u32, data: &[u8]) -> u32 {
+    if crc == 0 {
+        // That of nothing is 0, and this is the quicker one for a few bytes.
+        return crc32c(data);
+    }
+    if !is_wide() {
+        return ::crc32c::crc32c_append(crc, data);
+    }
     // What the digest starts from is not inverted yet.
     let mut digest = Digest::new_with_init_state(CRC, u64::from(!crc));
     digest.update(data);
     digest.finalize() as u32
 }
 
-/// Of something whose checksum is `crc`, and of `len` bytes behind it whose own is `next`.
-pub fn crc32c_combine(crc: u32, next: u32, len: usize) -> u32 {
-    crc_fast::checksum_combine(CRC, u64::from(crc), u64::from(next), len as u64) as u32
+#[cfg(target_arch = "x86_64")]
+fn is_wide() -> bool {
+    is_x86_feature_detected!("pclmulqdq") && is_x86_feature_detected!("sse4.2")
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+const fn is_wide() -> bool {
+    false
 }
 
 #[cfg(test)]
@@ -38,14 +54,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_is_what_another_implementation_says(
+        fn both_implementations_say_the_same(
             data in proptest::collection::vec(any::<u8>(), 0..20_000), at in any::<usize>(),
         ) {
             let (crc, at) = (::crc32c::crc32c(&data), at % (data.len() + 1));
             let (begin, end) = data.split_at(at);
             prop_assert_eq!(crc32c(&data), crc);
             prop_assert_eq!(crc32c_append(crc32c(begin), end), crc);
-            prop_assert_eq!(crc32c_combine(crc32c(begin), crc32c(end), end.len()), crc);
         }
     }
 }

@@ -310,8 +310,7 @@ impl FrameBuf {
         let only =
             desc.payload_off.get() == 0 && rest.len() < FRAME_ALIGN && rest.len() < body.len();
         only && self.hdr.codec == CodecId::None as u8
-            && crc32c::crc32c_combine(desc.crc.get(), crc32c::crc32c(rest), rest.len())
-                == self.hdr.body_crc.get()
+            && crc32c::crc32c_append(desc.crc.get(), rest) == self.hdr.body_crc.get()
     }
 
     /// The JSON body, decoded.

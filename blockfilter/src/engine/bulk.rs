@@ -1,8 +1,9 @@
 //! Threads that work in bulk: whoever they would interrupt by waking up goes on.
 //!
 //! Under `SCHED_BATCH` a thread that wakes up waits for its processor until the one that runs
-//! there sleeps or has used up its slice ("batch and idle tasks do not preempt others", Linux,
-//! `kernel/sched/fair.c`). Its share of the processor is the same. See `sched(7)`.
+//! there sleeps or has used up its slice, a few milliseconds (`sched(7)`; only whoever runs under
+//! `SCHED_IDLE` makes room at once). While it computes its share is the same; one that often sleeps gets
+//! less beside others that never do. What is started meanwhile inherits it, io_uring's workers too.
 
 #![expect(unsafe_code, reason = "nothing safe that we use knows the policies")]
 

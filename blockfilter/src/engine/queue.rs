@@ -18,7 +18,7 @@ use crossbeam::channel::{Receiver, Sender, unbounded};
 use rustix::event::{EventfdFlags, eventfd};
 use zerocopy::IntoBytes;
 
-use super::bulk;
+use super::bulk::Bulk;
 use super::cpu::{Guest, Offer};
 use super::{File, Files, TURN_BYTES, give_way};
 use crate::apply::{ApplyOp, SealedBatch, plan};
@@ -180,6 +180,13 @@ impl Writes {
     }
 }
 
+/// Where and how write-back computes, until this is dropped.
+#[derive(Debug, Default)]
+struct Manners {
+    guest: Guest,
+    bulk: Option<Bulk>,
+}
+
 impl Target {
     /// Carries out an operation by blocking calls.
     pub fn execute(&self, op: Op) -> Done {
@@ -212,12 +219,12 @@ impl Target {
     }
 
     fn apply(&self, disks: &[(u8, Vec<ApplyOp>)]) -> Result<(), (u8, io::Error)> {
-        let mut guest = Guest::default();
-        guest.go(self.seat.get().filter(|_| self.keeps_up()));
+        let mut manners = Manners::default();
+        self.mind(&mut manners);
         for (index, ops) in disks {
             let writes = &self.writes[usize::from(*index)];
             writes.mark();
-            let done = self.apply_all(*index, ops, &mut guest);
+            let done = self.apply_all(*index, ops, &mut manners);
             // Again: a sync that ran meanwhile took the mark, and may have missed the rest (I6).
             writes.mark();
             done.map_err(|e| (*index, e))?;
@@ -225,21 +232,26 @@ impl Target {
         Ok(())
     }
 
-    /// Write-back does. Else clients will wait for room.
-    fn keeps_up(&self) -> bool {
-        self.arena.room() > self.arena.size() / 2
+    /// Whether write-back keeps up. Else clients will wait for room, and it minds nobody.
+    fn mind(&self, manners: &mut Manners) -> bool {
+        let keeps_up = self.arena.room() > self.arena.size() / 2;
+        manners.guest.go(self.seat.get().filter(|_| keeps_up));
+        if !keeps_up {
+            manners.bulk = None;
+        } else if manners.bulk.is_none() {
+            manners.bulk = Bulk::begin();
+        }
+        keeps_up
     }
 
-    fn apply_all(&self, index: u8, ops: &[ApplyOp], guest: &mut Guest) -> io::Result<()> {
+    fn apply_all(&self, index: u8, ops: &[ApplyOp], manners: &mut Manners) -> io::Result<()> {
         let mut moved = 0;
         for op in ops {
             self.apply_one(index, op)?;
             moved += APPLY_COST + op.written();
             if moved >= TURN_BYTES as u64 {
                 moved = 0;
-                let keeps_up = self.keeps_up();
-                guest.go(self.seat.get().filter(|_| keeps_up));
-                if keeps_up {
+                if self.mind(manners) {
                     give_way();
                 }
             }
@@ -415,7 +427,7 @@ impl Lanes {
         let event = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
         let (to_done, done) = unbounded();
         let mut threads = Vec::new();
-        let mut start = |name: &str, count: usize, in_bulk: bool| -> io::Result<Sender<Op>> {
+        let mut start = |name: &str, count: usize| -> io::Result<Sender<Op>> {
             // What is submitted bounds it; a bounded channel would take all its memory now.
             let (sender, ops) = unbounded::<Op>();
             for _ in 0..count {
@@ -423,9 +435,6 @@ impl Lanes {
                 let (target, event) = (target.clone(), event.clone());
                 let thread = std::thread::Builder::new().name(name.into());
                 threads.push(thread.spawn(move || {
-                    if in_bulk {
-                        bulk::work();
-                    }
                     for op in ops {
                         if to_done.send(target.execute(op)).is_err() {
                             return;
@@ -436,11 +445,11 @@ impl Lanes {
             }
             Ok(sender)
         };
-        let journal = start("sf-journal", 1, false)?;
-        let disks = start("sf-disks", 1, true)?;
-        let syncs = start("sf-syncs", 1, false)?;
-        let reads = start("sf-reads", readers, false)?;
-        let holes = start("sf-holes", 1, false)?;
+        let journal = start("sf-journal", 1)?;
+        let disks = start("sf-disks", 1)?;
+        let syncs = start("sf-syncs", 1)?;
+        let reads = start("sf-reads", readers)?;
+        let holes = start("sf-holes", 1)?;
         let ops = Some(Senders { journal, disks, syncs, reads, holes });
         Ok(Self { ops, threads, done, event })
     }
@@ -539,6 +548,7 @@ mod tests {
     use super::*;
     use crate::arena::{ARENA_MAGIC, ArenaHdr};
     use crate::engine::Open;
+    use crate::engine::bulk::policy;
     use crate::engine::cpu::tests::two;
     use crate::engine::record::SimFiles;
     use crate::journal::format::{RecDesc, RecOp};
@@ -546,11 +556,11 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
 
     /// A disk whose second write waits until told, and that counts its syncs and the processors
-    /// that each write might use.
+    /// that each write might use, and keeps its policy.
     #[derive(Debug)]
     struct Slow {
         inner: Arc<dyn File>,
-        might_use: Mutex<Vec<u32>>,
+        computed: Mutex<Vec<(u32, i32)>>,
         begun: Sender<()>,
         go: Receiver<()>,
         syncs: AtomicUsize,
@@ -562,7 +572,8 @@ mod tests {
             self.inner.read_exact_at(offset, buf)
         }
         fn write_all_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-            self.might_use.lock().unwrap().push(sched_getaffinity(None).unwrap().count());
+            let might_use = sched_getaffinity(None).unwrap().count();
+            self.computed.lock().unwrap().push((might_use, policy()));
             if offset > 0 {
                 self.begun.send(()).unwrap();
                 self.go.recv_timeout(LONG).unwrap();
@@ -601,8 +612,8 @@ mod tests {
         let inner = files.open(Path::new("/d"), Open::CreateNew).unwrap();
         inner.set_len(1 << 20).unwrap();
         let ((begun, has_begun), (tell, go)) = (bounded(1), bounded(1));
-        let (syncs, broken, might_use) = Default::default();
-        let slow = Arc::new(Slow { inner, might_use, begun, go, syncs, broken });
+        let (syncs, broken, computed) = Default::default();
+        let slow = Arc::new(Slow { inner, computed, begun, go, syncs, broken });
         let size = 65536.into();
         let hdr = ArenaHdr { magic: ARENA_MAGIC, version: 1.into(), size, ..Default::default() };
         let arena = Arena::create(&dir.join("arena"), &hdr).unwrap();
@@ -654,7 +665,7 @@ mod tests {
     }
 
     #[test]
-    fn write_back_computes_where_it_is_offered_a_seat_while_it_keeps_up() {
+    fn write_back_computes_where_it_is_offered_a_seat_and_in_bulk_while_it_keeps_up() {
         let dir = tempfile::tempdir().unwrap();
         let (target, slow, has_begun, tell) = target(dir.path());
         let (before, allowed) = two();
@@ -664,7 +675,7 @@ mod tests {
         std::thread::scope(|scope| {
             let all = scope.spawn(|| {
                 let done = target.execute(Op::Apply(vec![batch(&blocks)]));
-                (done, sched_getaffinity(None).unwrap())
+                (done, sched_getaffinity(None).unwrap(), policy())
             });
             for _ in 1..blocks.len() {
                 has_begun.recv_timeout(LONG).unwrap();
@@ -672,13 +683,13 @@ mod tests {
                 target.arena.advance_head(60_000);
                 tell.send(()).unwrap();
             }
-            let (done, after) = all.join().unwrap();
+            let (done, after, then) = all.join().unwrap();
             assert!(matches!(done, Done::Apply(Ok(()))));
-            assert_eq!(after, allowed);
+            assert_eq!((after, then), (allowed, libc::SCHED_OTHER));
         });
-        let mut expected = vec![1; 13];
-        expected.push(allowed.count());
-        assert_eq!(*slow.might_use.lock().unwrap(), expected);
+        let mut expected = vec![(1, libc::SCHED_BATCH); 13];
+        expected.push((allowed.count(), libc::SCHED_OTHER));
+        assert_eq!(*slow.computed.lock().unwrap(), expected);
         sched_setaffinity(None, &before).unwrap();
     }
 
