@@ -7,21 +7,14 @@
 
 #![expect(unsafe_code, reason = "nothing safe that we use knows the policies")]
 
-/// From now on the calling thread works in bulk, and so do those that it starts.
-///
-/// False, and nothing is changed, if somebody chose a policy for it, or if the kernel refuses.
-pub fn work() -> bool {
-    change(libc::SCHED_OTHER, libc::SCHED_BATCH)
-}
-
 /// The calling thread works in bulk until this is dropped, by the same thread.
 #[derive(Debug)]
 pub(crate) struct Bulk(());
 
 impl Bulk {
-    /// See [`work`], of which this is the same for a while.
+    /// None, and nothing is changed, if somebody chose a policy for it, or if the kernel refuses.
     pub(crate) fn begin() -> Option<Self> {
-        work().then(|| Self(()))
+        change(libc::SCHED_OTHER, libc::SCHED_BATCH).then(|| Self(()))
     }
 }
 
@@ -68,7 +61,7 @@ mod tests {
         assert!(change(libc::SCHED_BATCH, libc::SCHED_IDLE));
         drop(bulk);
         assert_eq!(policy(), libc::SCHED_IDLE);
-        assert!(!work());
+        assert!(Bulk::begin().is_none());
         assert_eq!(policy(), libc::SCHED_IDLE);
     }
 }

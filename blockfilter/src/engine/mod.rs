@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 pub mod blocking;
-pub mod bulk;
+pub(crate) mod bulk;
 pub mod cpu;
 pub mod queue;
 pub mod real;

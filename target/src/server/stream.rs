@@ -13,7 +13,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
-use blockfilter::engine::bulk;
 use crossbeam::channel::{Receiver as Frames, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 use replicator::frame::{FrameBuf, FrameError};
 use replicator::session::{
@@ -237,8 +236,6 @@ fn told(why: &StreamError) -> ErrorMessage {
 
 impl Session<'_> {
     fn run(&self, channel: &mut Channel, receiver: Receiver) -> Result<(), StreamError> {
-        // Before the keeper is started, which is to do the same.
-        bulk::work();
         let (to_keeper, frames) = bounded(AHEAD);
         let synced_us = self.shared.clock.mono_us();
         std::thread::scope(|scope| {

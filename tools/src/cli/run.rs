@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use blockfilter::config::GroupPaths;
 use blockfilter::control::{Client, Request};
-use blockfilter::engine::bulk;
 use blockfilter::engine::real::RealFiles;
 use blockfilter::fuse::{FuseConfig, FuseError, FuseFile};
 use blockfilter::names::Name;
@@ -65,7 +64,6 @@ pub fn replicator(args: &GroupArgs, context: &Context) -> Outcome {
     if let Err(error) = rustix::process::nice(NICE) {
         tracing::warn!(%error, "the replicator runs at the priority of production");
     }
-    bulk::work();
     shipper::run(&config, &RealFiles, &context.clock, &stop).map_err(|error| {
         Failure::new(Exit::Failed, format!("the replicator of {} ended", args.group))
             .why(error.to_string())
