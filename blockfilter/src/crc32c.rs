@@ -1,8 +1,8 @@
 //! CRC-32C (Castagnoli, RFC 3720), the checksum of everything that is kept or sent.
 //!
-//! By `crc-fast` where it has its wide multiplications: half the time and less. Elsewhere that would be
-//! tables, and on some aarch64 instructions that nobody asked for, while `crc32c` has what any processor
-//! with SSE 4.2 or with the CRC extension can do.
+//! By `crc-fast` where it has its wide multiplications. Elsewhere that would be tables, and on aarch64
+//! instructions whose presence it does not check, while `crc32c` makes use of SSE 4.2 and of the CRC
+//! extension alone.
 
 use crc_fast::{CrcAlgorithm, Digest};
 
@@ -16,7 +16,7 @@ pub fn crc32c(data: &[u8]) -> u32 {
 /// Of something whose checksum is `crc`, and `data` behind it.
 pub fn crc32c_append(crc: u32, data: &[u8]) -> u32 {
     if crc == 0 {
-        // That of nothing is 0, and this is the quicker one for a few bytes.
+        // That of nothing: there is nothing to go on from.
         return crc32c(data);
     }
     if !is_wide() {

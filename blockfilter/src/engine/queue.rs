@@ -182,7 +182,7 @@ impl Writes {
 
 /// Where and how write-back computes, until this is dropped.
 #[derive(Debug, Default)]
-struct Manners {
+struct Placement {
     guest: Guest,
     bulk: Option<Bulk>,
 }
@@ -219,12 +219,12 @@ impl Target {
     }
 
     fn apply(&self, disks: &[(u8, Vec<ApplyOp>)]) -> Result<(), (u8, io::Error)> {
-        let mut manners = Manners::default();
-        self.mind(&mut manners);
+        let mut placement = Placement::default();
+        self.place(&mut placement);
         for (index, ops) in disks {
             let writes = &self.writes[usize::from(*index)];
             writes.mark();
-            let done = self.apply_all(*index, ops, &mut manners);
+            let done = self.apply_all(*index, ops, &mut placement);
             // Again: a sync that ran meanwhile took the mark, and may have missed the rest (I6).
             writes.mark();
             done.map_err(|e| (*index, e))?;
@@ -232,26 +232,26 @@ impl Target {
         Ok(())
     }
 
-    /// Whether write-back keeps up. Else clients will wait for room, and it minds nobody.
-    fn mind(&self, manners: &mut Manners) -> bool {
+    /// Whether write-back keeps up. Else clients will wait for room, and it gives way to nobody.
+    fn place(&self, placement: &mut Placement) -> bool {
         let keeps_up = self.arena.room() > self.arena.size() / 2;
-        manners.guest.go(self.seat.get().filter(|_| keeps_up));
+        placement.guest.go(self.seat.get().filter(|_| keeps_up));
         if !keeps_up {
-            manners.bulk = None;
-        } else if manners.bulk.is_none() {
-            manners.bulk = Bulk::begin();
+            placement.bulk = None;
+        } else if placement.bulk.is_none() {
+            placement.bulk = Bulk::begin();
         }
         keeps_up
     }
 
-    fn apply_all(&self, index: u8, ops: &[ApplyOp], manners: &mut Manners) -> io::Result<()> {
+    fn apply_all(&self, index: u8, ops: &[ApplyOp], placement: &mut Placement) -> io::Result<()> {
         let mut moved = 0;
         for op in ops {
             self.apply_one(index, op)?;
             moved += APPLY_COST + op.written();
             if moved >= TURN_BYTES as u64 {
                 moved = 0;
-                if self.mind(manners) {
+                if self.place(placement) {
                     give_way();
                 }
             }
