@@ -5,7 +5,7 @@
 //! records leave the overlay only after all of it was written (I10), so readers find
 //! each byte in one of the two.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BinaryHeap};
 use std::sync::Arc;
 
 use crate::journal::format::{REC_NO_HOLE, RecDesc, RecOp};
@@ -55,12 +55,10 @@ pub struct SealedBatch {
 }
 
 /// What to do to each disk (by index) for these batches, oldest first.
-pub fn plan<'a>(
-    batches: impl DoubleEndedIterator<Item = &'a SealedBatch>,
-) -> Vec<(u8, Vec<ApplyOp>)> {
+pub fn plan<'a>(batches: impl Iterator<Item = &'a SealedBatch>) -> Vec<(u8, Vec<ApplyOp>)> {
     let mut disks: BTreeMap<u8, DiskPlan> = BTreeMap::new();
-    for batch in batches.rev() {
-        for desc in batch.descs.iter().rev() {
+    for batch in batches {
+        for desc in batch.descs.iter() {
             let plan = disks.entry(desc.disk).or_default();
             let (from, to) = (desc.offset.get(), desc.end());
             match desc.rec_op() {
@@ -90,57 +88,86 @@ enum What {
     },
 }
 
-/// Disjoint ranges, filled newest first.
+/// What a disk's records do, oldest first.
 #[derive(Debug, Default)]
 struct DiskPlan {
-    ranges: BTreeMap<u64, (u64, What)>,
+    records: Vec<Record>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Record {
+    from: u64,
+    to: u64,
+    /// Later ones win.
+    order: u32,
+    what: What,
 }
 
 impl DiskPlan {
-    /// Adds the parts of `[from, to)` that nothing newer covers.
     fn add(&mut self, from: u64, to: u64, what: What) {
-        let mut at = from;
-        if let Some((_, (end, _))) = self.ranges.range(..=from).next_back() {
-            at = at.max(*end);
-        }
-        while at < to {
-            let next = self.ranges.range(at..to).next().map(|(start, (end, _))| (*start, *end));
-            let (start, end) = next.unwrap_or((to, to));
-            if at < start {
-                self.ranges.insert(at, (start, what));
-            }
-            at = end;
-        }
+        let order = self.records.len() as u32;
+        self.records.push(Record { from, to, order, what });
     }
 
-    fn into_ops(self) -> Vec<ApplyOp> {
-        let mut ops: Vec<ApplyOp> = Vec::new();
+    /// Sweeps over the disk from its start to its end. `open` are the records that began at or
+    /// before the place reached, the newest on top; those that ended are dropped
+    /// when they come to the top.
+    fn into_ops(mut self) -> Vec<ApplyOp> {
+        self.records.sort_unstable_by_key(|r| r.from);
+        let mut ops: Vec<ApplyOp> = Vec::with_capacity(self.records.len());
+        let mut open = BinaryHeap::new();
+        let mut next = 0;
         let mut reached = 0;
-        for (from, (to, what)) in self.ranges {
-            let joined = from == reached && join(ops.last_mut(), from, to, what);
-            if !joined {
-                ops.push(match what {
-                    What::Write { pos } => ApplyOp::Write {
-                        offset: from,
-                        parts: vec![(pos.wrapping_add(from), to - from)],
-                    },
-                    What::Zero { no_hole } => {
-                        ApplyOp::Zero { offset: from, len: to - from, no_hole }
-                    }
-                });
+        loop {
+            let Some(&(_, index)) = open.peek() else {
+                let Some(record) = self.records.get(next) else { return ops };
+                reached = record.from.max(reached);
+                open.push((record.order, next));
+                next += 1;
+                continue;
+            };
+            let newest = self.records[index];
+            let following = self.records.get(next);
+            match following {
+                Some(record) if record.from <= reached => {
+                    open.push((record.order, next));
+                    next += 1;
+                }
+                _ if newest.to <= reached => {
+                    open.pop();
+                }
+                _ => {
+                    let to = following.map_or(newest.to, |r| r.from.min(newest.to));
+                    push(&mut ops, reached, to, newest.what);
+                    reached = to;
+                }
             }
-            reached = to;
         }
-        ops
     }
 }
 
-/// Extends the last operation by a range that follows it directly.
+/// Appends what becomes of `[from, to)`, behind all that is there.
+fn push(ops: &mut Vec<ApplyOp>, from: u64, to: u64, what: What) {
+    if join(ops.last_mut(), from, to, what) {
+        return;
+    }
+    ops.push(match what {
+        What::Write { pos } => {
+            ApplyOp::Write { offset: from, parts: vec![(pos.wrapping_add(from), to - from)] }
+        }
+        What::Zero { no_hole } => ApplyOp::Zero { offset: from, len: to - from, no_hole },
+    });
+}
+
+/// Extends the last operation by a range, if that follows it directly.
 fn join(last: Option<&mut ApplyOp>, from: u64, to: u64, what: What) -> bool {
     match (last, what) {
-        (Some(ApplyOp::Write { parts, .. }), What::Write { pos }) => {
+        (Some(ApplyOp::Write { offset, parts }), What::Write { pos }) => {
             let total: u64 = parts.iter().map(|(_, len)| len).sum();
-            if parts.len() >= PARTS_MAX || total + (to - from) > WRITE_MAX {
+            if *offset + total != from
+                || parts.len() >= PARTS_MAX
+                || total + (to - from) > WRITE_MAX
+            {
                 return false;
             }
             let start = pos.wrapping_add(from);
@@ -150,8 +177,8 @@ fn join(last: Option<&mut ApplyOp>, from: u64, to: u64, what: What) -> bool {
             }
             true
         }
-        (Some(ApplyOp::Zero { len, no_hole, .. }), What::Zero { no_hole: same })
-            if *no_hole == same =>
+        (Some(ApplyOp::Zero { offset, len, no_hole }), What::Zero { no_hole: same })
+            if *no_hole == same && *offset + *len == from =>
         {
             *len += to - from;
             true

@@ -263,9 +263,12 @@ impl Target {
         let disk = &self.disks[usize::from(index)];
         match op {
             ApplyOp::Write { offset, parts } => {
-                let slices: Vec<&[u8]> =
-                    parts.iter().map(|(pos, len)| self.arena.bytes(*pos, *len)).collect();
-                disk.write_vectored_at(*offset, &slices)
+                let bytes = |(pos, len): &(u64, u64)| self.arena.bytes(*pos, *len);
+                match &parts[..] {
+                    [part] => disk.write_vectored_at(*offset, &[bytes(part)]),
+                    _ => disk
+                        .write_vectored_at(*offset, &parts.iter().map(bytes).collect::<Vec<_>>()),
+                }
             }
             ApplyOp::Zero { offset, len, no_hole } => {
                 disk.punch(*offset, *len)?;

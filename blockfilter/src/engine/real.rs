@@ -409,6 +409,9 @@ pub fn open_real(path: &Path, how: Open) -> io::Result<RealFile> {
 }
 
 fn write_vectored(file: &std::fs::File, mut offset: u64, parts: &[&[u8]]) -> io::Result<()> {
+    if let [part] = parts {
+        return file.write_all_at(part, offset);
+    }
     let mut slices: Vec<IoSlice<'_>> = parts.iter().map(|p| IoSlice::new(p)).collect();
     let mut rest = slices.as_mut_slice();
     while !rest.is_empty() {
