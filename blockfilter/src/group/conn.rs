@@ -14,9 +14,11 @@
 mod payload;
 
 use std::collections::HashMap;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+
+use rustix::net::SendFlags;
 
 use super::volume::{EXTENTS_COST, ReadOutcome, Refusal, Volume};
 use crate::block::{Errno, ExportInfo, Extent, ZeroFlags};
@@ -92,6 +94,8 @@ pub struct Conn {
     waiting_bytes: u64,
     next_seq: u32,
     goodbye: bool,
+    /// Bytes received so far, wrapping.
+    received: u64,
     /// The last receive got less than it had room for: the socket is empty, and the
     /// next bytes make it readable again.
     drained: bool,
@@ -147,6 +151,7 @@ impl Conn {
             waiting_bytes: 0,
             next_seq: 0,
             goodbye: false,
+            received: 0,
             drained: false,
             moved_at: now,
         }
@@ -160,6 +165,11 @@ impl Conn {
     /// Answers wait for the socket.
     pub fn has_output(&self) -> bool {
         !self.out.is_empty()
+    }
+
+    /// Bytes received so far, wrapping.
+    pub fn received(&self) -> u64 {
+        self.received
     }
 
     /// It made no progress for too long in a state that the client must end.
@@ -600,7 +610,11 @@ impl Conn {
         let mut total = 0;
         while !self.out.is_empty() {
             let socket = &self.socket;
-            match self.out.write_with(|slices| (&*socket).write_vectored(slices)) {
+            let send = |slices: &[IoSlice<'_>]| match slices {
+                [one] => Ok(rustix::net::send(socket, one, SendFlags::NOSIGNAL)?),
+                all => (&*socket).write_vectored(all),
+            };
+            match self.out.write_with(send) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 other => total += other?,
@@ -640,7 +654,7 @@ impl Conn {
                 Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(0),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                other => other,
+                other => other.inspect(|n| self.received = self.received.wrapping_add(*n as u64)),
             };
         }
     }

@@ -5,26 +5,30 @@
 //! eventfd and the next timer. The control socket is served here too, so that
 //! positions are always consistent.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::event::epoll;
+use rustix::event::{PollFd, PollFlags, epoll, poll};
 use rustix::net::sockopt;
 use rustix::time::Timespec;
 
 use super::awake::Awake;
 use super::conn::{Conn, Progress, Shared};
 use super::ctl::{Ask, Ctl};
-use super::seat::{Beside, Seat};
+use super::seat::Seat;
 use super::undrained;
 use super::volume::{Volume, VolumeEvent};
 use crate::config::{GroupConfig, GroupPaths};
 use crate::control::Reply;
 use crate::engine::Clock;
+
+mod wait;
+
+use wait::Wait;
 
 /// A filter process's state.
 #[derive(Debug)]
@@ -37,8 +41,8 @@ pub struct Server {
     epoll: OwnedFd,
     nbd: UnixListener,
     control: UnixListener,
-    conns: HashMap<u64, (Conn, u32)>,
-    ctls: HashMap<u64, Ctl>,
+    conns: BTreeMap<u64, (Conn, u32)>,
+    ctls: BTreeMap<u64, Ctl>,
     /// Connections that wait for room, first come first served.
     waiting: VecDeque<u64>,
     /// Those that wait for the payload budget, and its use when they were last tried.
@@ -47,53 +51,8 @@ pub struct Server {
     next_id: u64,
     swept_at: u64,
     stopping: Option<(u64, bool)>,
-    spin: Spin,
     seat: Seat,
-    alone: Alone,
-}
-
-/// Whether waiting awake pays: it did the last time, or it is time to try again.
-#[derive(Debug, Default)]
-struct Spin {
-    skip: u32,
-    lost: u32,
-}
-
-impl Spin {
-    fn begin(&mut self) -> bool {
-        let now = self.skip == 0;
-        self.skip = self.skip.saturating_sub(1);
-        now
-    }
-
-    fn won(&mut self) {
-        self.lost = 0;
-    }
-
-    /// `preempted`: somebody else needs this processor.
-    fn lost(&mut self, preempted: bool) {
-        self.lost = if preempted { SPIN_SKIP_MAX } else { (self.lost * 2 + 1).min(SPIN_SKIP_MAX) };
-        self.skip = self.lost;
-    }
-}
-
-/// Which connection was active last, and until when others were.
-#[derive(Debug, Default)]
-struct Alone {
-    last: u64,
-    others_until: u64,
-}
-
-impl Alone {
-    fn saw(&mut self, id: u64, now: u64) {
-        if self.last != id {
-            (self.last, self.others_until) = (id, now);
-        }
-    }
-
-    fn is(&self, now: u64) -> bool {
-        now >= self.others_until + ALONE_AFTER
-    }
+    wait: Wait,
 }
 
 impl Server {
@@ -122,17 +81,16 @@ impl Server {
             epoll,
             nbd,
             control,
-            conns: HashMap::new(),
-            ctls: HashMap::new(),
+            conns: BTreeMap::new(),
+            ctls: BTreeMap::new(),
             waiting: VecDeque::new(),
             budget: VecDeque::new(),
             staged_seen: 0,
             next_id: FIRST_ID,
             swept_at: 0,
             stopping: None,
-            spin: Spin::default(),
             seat,
-            alone: Alone::default(),
+            wait: Wait::default(),
         })
     }
 
@@ -141,91 +99,42 @@ impl Server {
         let mut ready: Vec<epoll::Event> = Vec::with_capacity(256);
         let mut events = Vec::new();
         let mut touched: Vec<u64> = Vec::new();
-        loop {
-            self.wait(&mut ready)?;
-            let now = self.clock.mono_us();
-            touched.clear();
-            for event in &ready {
-                match event.data.u64() {
-                    ENGINE => self.volume.clear(),
-                    NBD | CONTROL => self.accept(event.data.u64(), now),
-                    id => {
-                        touched.push(id);
-                        self.ready(id, event.flags, now);
-                    }
-                }
-            }
-            let alone = self.alone.is(now);
-            self.volume.set_alone(alone);
-            if alone && self.volume.is_awaited() {
-                // The commit will keep this thread: what is ready goes first.
-                self.send(&touched, now);
-            }
-            self.turn(&mut events, &mut touched, now);
-            touched.sort_unstable();
-            touched.dedup();
-            self.send(&touched, now);
-            self.sweep(now);
-            if self.finished() {
-                return self.finish();
-            }
+        while !self.finished() {
+            self.round(&mut ready, &mut touched, &mut events)?;
         }
+        self.finish()
     }
 
-    /// Waits for something to do: awake for as long as that was worth it lately.
-    fn wait(&mut self, ready: &mut Vec<epoll::Event>) -> io::Result<()> {
-        self.awake.look(self.clock.mono_us());
-        let start = self.clock.mono_us();
-        let beside = if self.ctls.values().any(Ctl::follows) {
-            Beside::Copy
-        } else if self.volume.commits_here(start) {
-            Beside::Commits
-        } else if self.volume.is_applying() {
-            Beside::WriteBack
-        } else {
-            Beside::Nothing
-        };
-        if self.seat.look(start, beside) {
-            self.spin = Spin::default();
-        }
-        let due = self.due(start);
-        if due > start && self.spin.begin() {
-            let until = due.min(start + SPIN_MAX);
-            let mut before = start;
-            loop {
-                self.poll(ready, 0)?;
-                if !ready.is_empty() {
-                    self.spin.won();
-                    return Ok(());
+    /// Waits once and does what there is. All three are scratch.
+    fn round(
+        &mut self,
+        ready: &mut Vec<epoll::Event>,
+        touched: &mut Vec<u64>,
+        events: &mut Vec<VolumeEvent>,
+    ) -> io::Result<()> {
+        let now = self.wait(ready, touched)?;
+        for event in ready {
+            match event.data.u64() {
+                ENGINE => self.volume.clear(),
+                NBD | CONTROL => self.accept(event.data.u64(), now),
+                id => {
+                    touched.push(id);
+                    self.ready(id, event.flags, now);
                 }
-                let now = self.clock.mono_us();
-                if now >= until || now - before > SPIN_MAX {
-                    self.spin.lost(now - before > SPIN_MAX);
-                    break;
-                }
-                before = now;
             }
         }
-        self.poll(ready, due.saturating_sub(self.clock.mono_us()))
-    }
-
-    fn poll(&self, ready: &mut Vec<epoll::Event>, us: u64) -> io::Result<()> {
-        let timeout =
-            Timespec { tv_sec: (us / 1_000_000) as i64, tv_nsec: (us % 1_000_000 * 1000) as i64 };
-        ready.clear();
-        let room = rustix::buffer::spare_capacity(ready);
-        match epoll::wait(&self.epoll, room, Some(&timeout)) {
-            Err(rustix::io::Errno::INTR) => Ok(()),
-            other => Ok(other.map(|_| ())?),
+        let alone = self.wait.is_alone(now);
+        self.volume.set_alone(alone);
+        if alone && self.volume.is_awaited() {
+            // The commit will keep this thread: what is ready goes first.
+            self.send(touched, now);
         }
-    }
-
-    /// When something is due though nothing happens; monotonic microseconds.
-    fn due(&self, now: u64) -> u64 {
-        let ctl = self.ctls.values().filter_map(Ctl::deadline).min();
-        let ours = self.awake.due().into_iter().chain(self.seat.due());
-        let due = self.volume.timeout().into_iter().chain(ctl).chain(ours).min();
-        due.unwrap_or(u64::MAX).min(now + SWEEP_EVERY)
+        self.turn(events, touched, now);
+        touched.sort_unstable();
+        touched.dedup();
+        self.send(touched, now);
+        self.sweep(now);
+        Ok(())
     }
 
     /// The volume's turn, until nothing new comes of it.
@@ -298,7 +207,7 @@ impl Server {
 
     fn ready(&mut self, id: u64, flags: epoll::EventFlags, now: u64) {
         if let Some((_, interest)) = self.conns.get(&id) {
-            self.alone.saw(id, now);
+            self.wait.saw(id, now);
             self.awake.heard();
             let reads = interest & epoll::EventFlags::IN.bits() != 0;
             if !reads && flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::ERR) {
@@ -345,22 +254,6 @@ impl Server {
             }
             Progress::Output => self.interest(id, false, false),
             Progress::Input => self.interest(id, true, false),
-        }
-    }
-
-    /// Polls for input only if the connection can use it, for output only if some did
-    /// not leave at once: `send` comes after everything else.
-    fn interest(&mut self, id: u64, input: bool, output: bool) {
-        let Some((conn, old)) = self.conns.get_mut(&id) else { return };
-        let mut flags = epoll::EventFlags::empty();
-        flags.set(epoll::EventFlags::IN, input);
-        flags.set(epoll::EventFlags::OUT, output);
-        if *old != flags.bits() {
-            *old = flags.bits();
-            let data = epoll::EventData::new_u64(id);
-            if let Err(error) = epoll::modify(&self.epoll, conn.fd(), data, flags) {
-                tracing::warn!(%error, "a connection cannot be polled");
-            }
         }
     }
 
@@ -442,6 +335,7 @@ impl Server {
     fn close(&mut self, id: u64) {
         if let Some((mut conn, _)) = self.conns.remove(&id) {
             let _ = conn.flush_output(0);
+            self.wait.forget(id);
             let _ = epoll::delete(&self.epoll, conn.fd());
             conn.close(&mut self.volume, &mut self.shared);
         }
@@ -536,16 +430,18 @@ pub fn wait_until(
         }
         let now = volume.clock().mono_us();
         let left = volume.timeout().map_or(POLL_US, |due| due.saturating_sub(now).min(POLL_US));
-        let wait = Timespec { tv_sec: 0, tv_nsec: left as i64 * 1000 };
-        let mut fds =
-            [rustix::event::PollFd::from_borrowed_fd(volume.fd(), rustix::event::PollFlags::IN)];
-        match rustix::event::poll(&mut fds, Some(&wait)) {
+        let mut fds = [PollFd::from_borrowed_fd(volume.fd(), PollFlags::IN)];
+        match poll(&mut fds, Some(&timespec(left))) {
             Err(rustix::io::Errno::INTR) => {}
             other => {
                 other?;
             }
         }
     }
+}
+
+fn timespec(us: u64) -> Timespec {
+    Timespec { tv_sec: (us / 1_000_000) as i64, tv_nsec: (us % 1_000_000 * 1000) as i64 }
 }
 
 /// Longest wait before the volume is looked at again, microseconds.
@@ -581,11 +477,5 @@ const CONTROLS_MAX: usize = 64;
 const ACCEPT_MAX: usize = 16;
 /// Between looks for stalled connections, microseconds.
 const SWEEP_EVERY: u64 = 1_000_000;
-/// Longest wait awake, microseconds: the answer of a client that has nothing else to do.
-const SPIN_MAX: u64 = 50;
-/// Most waits between two tries to wait awake.
-const SPIN_SKIP_MAX: u32 = 255;
-/// A connection is alone when no other sent anything for so long, microseconds.
-const ALONE_AFTER: u64 = 10_000;
 /// SO_SNDBUF and SO_RCVBUF, bytes.
 const SOCKET_BUFFER: usize = 2 << 20;

@@ -1,0 +1,409 @@
+//! How the loop waits: awake while that pays, and with one connection outside of epoll.
+//!
+//! While one connection alone sends anything it is not in epoll. What its client sends then
+//! has nobody to tell, for which the client paid with each send, and the loop
+//! receives without asking first. It sleeps on that socket and on epoll's own
+//! descriptor, so nothing is missed.
+
+use std::io;
+use std::os::fd::AsFd;
+
+use rustix::event::{PollFd, PollFlags, epoll, poll};
+
+use super::super::ctl::Ctl;
+use super::super::seat::Beside;
+use super::{SWEEP_EVERY, Server, timespec};
+
+/// What was learned from the last waits.
+#[derive(Debug, Default)]
+pub(super) struct Wait {
+    spin: Spin,
+    alone: Alone,
+    /// The connection that is not in epoll.
+    direct: Option<u64>,
+    /// Receiving from it without asking first brought something the last time.
+    eager: bool,
+    /// When the others were asked last, monotonic microseconds.
+    asked_at: u64,
+}
+
+impl Wait {
+    /// A connection sent something.
+    pub(super) fn saw(&mut self, id: u64, now: u64) {
+        self.alone.saw(id, now);
+    }
+
+    /// A connection ended.
+    pub(super) fn forget(&mut self, id: u64) {
+        self.direct = self.direct.filter(|direct| *direct != id);
+    }
+
+    /// No other connection than the last sent anything for a while.
+    pub(super) fn is_alone(&self, now: u64) -> bool {
+        self.alone.is(now)
+    }
+}
+
+/// Whether waiting awake pays: it did the last time, or it is time to try again.
+#[derive(Debug, Default)]
+struct Spin {
+    skip: u32,
+    lost: u32,
+}
+
+impl Spin {
+    fn begin(&mut self) -> bool {
+        let now = self.skip == 0;
+        self.skip = self.skip.saturating_sub(1);
+        now
+    }
+
+    fn won(&mut self) {
+        self.lost = 0;
+    }
+
+    /// `preempted`: somebody else needs this processor.
+    fn lost(&mut self, preempted: bool) {
+        self.lost = if preempted { SPIN_SKIP_MAX } else { (self.lost * 2 + 1).min(SPIN_SKIP_MAX) };
+        self.skip = self.lost;
+    }
+}
+
+/// Which connection was active last, and until when others were.
+#[derive(Debug, Default)]
+struct Alone {
+    last: u64,
+    others_until: u64,
+}
+
+impl Alone {
+    fn saw(&mut self, id: u64, now: u64) {
+        if self.last != id {
+            (self.last, self.others_until) = (id, now);
+        }
+    }
+
+    fn is(&self, now: u64) -> bool {
+        now >= self.others_until + ALONE_AFTER
+    }
+}
+
+impl Server {
+    /// Waits for something to do: awake for as long as that was worth it lately. What epoll
+    /// tells is in `ready`, a connection that was served already in `touched`. Returns the time.
+    pub(super) fn wait(
+        &mut self,
+        ready: &mut Vec<epoll::Event>,
+        touched: &mut Vec<u64>,
+    ) -> io::Result<u64> {
+        ready.clear();
+        touched.clear();
+        let start = self.clock.mono_us();
+        self.awake.look(start);
+        if self.seat.look(start, self.beside(start)) {
+            self.wait.spin = Spin::default();
+        }
+        self.choose_direct(start);
+        if self.wait.eager && start < self.wait.asked_at + ASK_EVERY {
+            if self.receive_direct(touched, start) {
+                self.wait.spin.won();
+                return Ok(start);
+            }
+            self.wait.eager = false;
+        }
+        let due = self.due(start);
+        let mut now = start;
+        if due > start && self.wait.spin.begin() {
+            let until = due.min(start + SPIN_MAX);
+            loop {
+                if self.look(now, 0, ready, touched)? {
+                    self.wait.eager = now == start;
+                    self.wait.spin.won();
+                    return Ok(now);
+                }
+                let before = now;
+                now = self.clock.mono_us();
+                if now >= until || now - before > SPIN_MAX {
+                    self.wait.spin.lost(now - before > SPIN_MAX);
+                    break;
+                }
+            }
+        }
+        self.look(now, due.saturating_sub(now), ready, touched)?;
+        Ok(self.clock.mono_us())
+    }
+
+    fn beside(&self, now: u64) -> Beside {
+        if self.ctls.values().any(Ctl::follows) {
+            Beside::Copy
+        } else if self.volume.commits_here(now) {
+            Beside::Commits
+        } else if self.volume.is_applying() {
+            Beside::WriteBack
+        } else {
+            Beside::Nothing
+        }
+    }
+
+    /// When something is due though nothing happens; monotonic microseconds.
+    fn due(&self, now: u64) -> u64 {
+        let ctl = self.ctls.values().filter_map(Ctl::deadline).min();
+        let ours = self.awake.due().into_iter().chain(self.seat.due());
+        let due = self.volume.timeout().into_iter().chain(ctl).chain(ours).min();
+        due.unwrap_or(u64::MAX).min(now + SWEEP_EVERY)
+    }
+
+    /// Waits for at most so long, and takes what is ready; true if there was anything.
+    fn look(
+        &mut self,
+        now: u64,
+        us: u64,
+        ready: &mut Vec<epoll::Event>,
+        touched: &mut Vec<u64>,
+    ) -> io::Result<bool> {
+        self.wait.asked_at = now;
+        let direct = self.wait.direct.and_then(|id| self.conns.get(&id));
+        let Some((conn, _)) = direct else {
+            self.poll(ready, us)?;
+            return Ok(!ready.is_empty());
+        };
+        let readable = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+        let mut fds = [readable(self.epoll.as_fd()), readable(conn.fd())];
+        match poll(&mut fds, Some(&timespec(us))) {
+            Err(rustix::io::Errno::INTR) | Ok(0) => return Ok(false),
+            other => other?,
+        };
+        let [others, direct] = fds.map(|fd| !fd.revents().is_empty());
+        if others {
+            self.poll(ready, 0)?;
+        }
+        let now = if us > 0 { self.clock.mono_us() } else { now };
+        Ok((direct && self.receive_direct(touched, now)) || !ready.is_empty())
+    }
+
+    fn poll(&self, ready: &mut Vec<epoll::Event>, us: u64) -> io::Result<()> {
+        ready.clear();
+        let room = rustix::buffer::spare_capacity(ready);
+        match epoll::wait(&self.epoll, room, Some(&timespec(us))) {
+            Err(rustix::io::Errno::INTR) => Ok(()),
+            other => Ok(other.map(|_| ())?),
+        }
+    }
+
+    /// Serves the connection that is not in epoll; true if it had sent anything.
+    fn receive_direct(&mut self, touched: &mut Vec<u64>, now: u64) -> bool {
+        let Some(id) = self.wait.direct else { return false };
+        let Some((conn, _)) = self.conns.get(&id) else { return false };
+        let before = conn.received();
+        self.progress(id, now);
+        if self.conns.get(&id).is_some_and(|(conn, _)| conn.received() == before) {
+            return false;
+        }
+        self.wait.saw(id, now);
+        self.awake.heard();
+        touched.push(id);
+        true
+    }
+
+    /// Takes a connection that is alone out of epoll, and one that is not any more back.
+    fn choose_direct(&mut self, now: u64) {
+        let (alone, id) = (self.wait.is_alone(now), self.wait.alone.last);
+        if let Some(direct) = self.wait.direct {
+            if direct != id {
+                self.end_direct();
+            }
+            return;
+        }
+        let Some((conn, interest)) = self.conns.get(&id) else { return };
+        let reads = *interest == epoll::EventFlags::IN.bits();
+        if alone && reads && epoll::delete(&self.epoll, conn.fd()).is_ok() {
+            self.wait.direct = Some(id);
+        }
+    }
+
+    /// Puts the connection that is not in epoll back, with what it waits for now. One that epoll
+    /// does not take ends: nobody would see what it sends.
+    fn end_direct(&mut self) {
+        let Some(id) = self.wait.direct.take() else { return };
+        let Some((conn, interest)) = self.conns.get(&id) else { return };
+        let flags = epoll::EventFlags::from_bits_retain(*interest);
+        let data = epoll::EventData::new_u64(id);
+        if let Err(error) = epoll::add(&self.epoll, conn.fd(), data, flags) {
+            tracing::warn!(%error, "a connection cannot be polled and ends");
+            self.close(id);
+        }
+    }
+
+    /// Polls for input only if the connection can use it, for output only if some did
+    /// not leave at once: `send` comes after everything else.
+    pub(super) fn interest(&mut self, id: u64, input: bool, output: bool) {
+        let Some((conn, old)) = self.conns.get_mut(&id) else { return };
+        let mut flags = epoll::EventFlags::empty();
+        flags.set(epoll::EventFlags::IN, input);
+        flags.set(epoll::EventFlags::OUT, output);
+        if *old == flags.bits() {
+            return;
+        }
+        *old = flags.bits();
+        if self.wait.direct == Some(id) {
+            self.end_direct();
+            return;
+        }
+        let data = epoll::EventData::new_u64(id);
+        if let Err(error) = epoll::modify(&self.epoll, conn.fd(), data, flags) {
+            tracing::warn!(%error, "a connection cannot be polled");
+        }
+    }
+}
+
+/// Longest wait awake, microseconds: the answer of a client that has nothing else to do.
+const SPIN_MAX: u64 = 50;
+/// Longest time without asking the others, microseconds.
+const ASK_EVERY: u64 = 20;
+/// Most waits between two tries to wait awake.
+const SPIN_SKIP_MAX: u32 = 255;
+/// A connection is alone when no other sent anything for so long, microseconds.
+const ALONE_AFTER: u64 = 10_000;
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::{DiskConfig, GroupConfig, GroupPaths};
+    use crate::engine::real::RealFiles;
+    use crate::group::start;
+
+    /// Microseconds.
+    const WAIT: u64 = 30_000_000;
+    const DISK: u64 = 4 << 20;
+
+    fn server(dir: &Path) -> (Server, GroupPaths) {
+        let group = "g".parse().unwrap();
+        let paths = GroupPaths::new(dir, &group);
+        std::fs::create_dir_all(paths.dir()).unwrap();
+        let path = dir.join("d.img");
+        std::fs::File::create(&path).unwrap().set_len(DISK).unwrap();
+        let (disk, uuid) = ("d".parse().unwrap(), uuid::Uuid::new_v4());
+        let config = GroupConfig {
+            group,
+            uuid: uuid::Uuid::new_v4(),
+            disks: vec![DiskConfig { disk, path, uuid, size_bytes: DISK }],
+            journal: paths.journal(),
+            journal_bytes: 34 << 20,
+            chunk_bytes: 4 << 20,
+            arena_bytes: 8 << 20,
+            fuse: None,
+        };
+        crate::journal::create(&RealFiles, &config, &mut |_, _| Ok(())).unwrap();
+        let volume = start::open(&config, &paths).unwrap();
+        (Server::new(volume, &config, &paths).unwrap(), paths)
+    }
+
+    /// Rounds of the loop until `done`.
+    fn rounds(server: &mut Server, mut done: impl FnMut(&Server) -> bool) {
+        let (mut ready, mut touched, mut events) = (Vec::with_capacity(16), Vec::new(), Vec::new());
+        let until = server.clock.mono_us() + WAIT;
+        while !done(server) {
+            server.round(&mut ready, &mut touched, &mut events).unwrap();
+            assert!(server.clock.mono_us() < until);
+        }
+    }
+
+    fn connect(server: &mut Server, paths: &GroupPaths) -> UnixStream {
+        let mut stream = UnixStream::connect(paths.nbd_socket()).unwrap();
+        let client = std::thread::spawn(move || {
+            nbd::client::handshake(&mut stream, b"g.d").unwrap();
+            stream
+        });
+        rounds(server, |_| client.is_finished());
+        let stream = client.join().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        stream
+    }
+
+    fn ask(stream: &mut UnixStream, command: u8, len: u32) {
+        let mut request = vec![0x25, 0x60, 0x95, 0x13, 0, 0, 0, command];
+        request.extend([0; 16]);
+        request.extend(len.to_be_bytes());
+        stream.write_all(&request).unwrap();
+    }
+
+    /// Takes so many bytes of answers.
+    fn answered(server: &mut Server, stream: &mut UnixStream, bytes: usize) {
+        let mut left = vec![0; bytes];
+        let mut done = 0;
+        rounds(server, |_| {
+            done += stream.read(&mut left[done..]).unwrap_or(0);
+            done == bytes
+        });
+    }
+
+    /// One request after the other until it is not in epoll any more.
+    fn until_direct(server: &mut Server, stream: &mut UnixStream) -> u64 {
+        let until = server.clock.mono_us() + WAIT;
+        while server.wait.direct.is_none() {
+            ask(stream, 3, 0);
+            answered(server, stream, 16);
+            assert!(server.clock.mono_us() < until);
+        }
+        server.wait.direct.unwrap()
+    }
+
+    #[test]
+    fn a_connection_that_is_alone_is_served_without_epoll_and_others_are_heard_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut server, paths) = server(dir.path());
+        let mut first = connect(&mut server, &paths);
+        let id = until_direct(&mut server, &mut first);
+        assert!(epoll::delete(&server.epoll, server.conns[&id].0.fd()).is_err(), "it is not there");
+        let mut second = connect(&mut server, &paths);
+        rounds(&mut server, |server| server.wait.direct != Some(id));
+        ask(&mut first, 3, 0);
+        ask(&mut second, 3, 0);
+        answered(&mut server, &mut first, 16);
+        answered(&mut server, &mut second, 16);
+        let other = until_direct(&mut server, &mut second);
+        assert!(other != id);
+        ask(&mut first, 3, 0);
+        answered(&mut server, &mut first, 16);
+        // Whoever is left is alone again.
+        drop(second);
+        rounds(&mut server, |server| server.conns.len() == 1);
+        assert_eq!(until_direct(&mut server, &mut first), id);
+        drop(first);
+        rounds(&mut server, |server| server.conns.is_empty() && server.wait.direct.is_none());
+    }
+
+    #[test]
+    fn answers_that_do_not_fit_the_socket_leave_though_its_connection_was_not_in_epoll() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut server, paths) = server(dir.path());
+        let mut stream = connect(&mut server, &paths);
+        let id = until_direct(&mut server, &mut stream);
+        for _ in 0..32 {
+            ask(&mut stream, 0, 1 << 20);
+        }
+        rounds(&mut server, |server| server.wait.direct.is_none());
+        assert!(server.conns[&id].0.has_output());
+        answered(&mut server, &mut stream, 32 * (16 + (1 << 20)));
+        assert_eq!(until_direct(&mut server, &mut stream), id);
+    }
+
+    #[test]
+    fn a_client_that_sends_while_the_loop_sleeps_wakes_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut server, paths) = server(dir.path());
+        let mut stream = connect(&mut server, &paths);
+        until_direct(&mut server, &mut stream);
+        ask(&mut stream, 3, 0);
+        let (mut ready, mut touched) = (Vec::with_capacity(16), Vec::new());
+        let now = server.clock.mono_us();
+        assert!(server.look(now, WAIT, &mut ready, &mut touched).unwrap());
+        assert!(!touched.is_empty() && server.clock.mono_us() < now + WAIT);
+    }
+}
