@@ -121,7 +121,7 @@ impl DiskPlan {
         loop {
             let Some(&(_, index)) = open.peek() else {
                 let Some(record) = self.records.get(next) else { return ops };
-                reached = record.from.max(reached);
+                reached = record.from;
                 open.push((record.order, next));
                 next += 1;
                 continue;
@@ -210,18 +210,29 @@ mod tests {
     proptest! {
         #[test]
         fn the_plan_equals_applying_every_record_in_order(
-            recs in prop::collection::vec((prop::bool::weighted(0.8), 0u64..40, 1u64..12), 1..40)
+            recs in prop::collection::vec((0u8..8, 0u64..40, 1u64..12), 1..40)
         ) {
             let mut disk = vec![0u64; 64];
             let mut batches = Vec::new();
             let (mut lsn, mut pos) = (0, 0);
             for chunk in recs.chunks(5) {
                 let mut descs = Vec::new();
-                for (write, offset, len) in chunk {
-                    let op = if *write { RecOp::Write } else { RecOp::Trim };
-                    descs.push(desc(op, *offset, *len, pos - lsn));
+                for (kind, offset, len) in chunk {
+                    let mut record = match kind {
+                        0 => desc(RecOp::Trim, *offset, *len, pos - lsn),
+                        1 | 2 => desc(RecOp::Zero, *offset, *len, pos - lsn),
+                        _ => desc(RecOp::Write, *offset, *len, pos - lsn),
+                    };
+                    if *kind == 2 {
+                        record.flags = REC_NO_HOLE.into();
+                    }
+                    descs.push(record);
                     for i in 0..*len {
-                        disk[(offset + i) as usize] = if *write { 1000 + pos + i } else { 7 };
+                        disk[(offset + i) as usize] = match kind {
+                            0 | 1 => 7,
+                            2 => 8,
+                            _ => 1000 + pos + i,
+                        };
                     }
                     pos += len;
                 }
@@ -230,22 +241,54 @@ mod tests {
             }
             let mut found = vec![0u64; 64];
             for (_, ops) in plan(batches.iter()) {
-                for op in ops {
-                    match op {
-                        ApplyOp::Write { mut offset, parts } => for (pos, len) in parts {
-                            for i in 0..len {
-                                prop_assert_eq!(found[offset as usize], 0, "written twice");
-                                found[offset as usize] = 1000 + pos + i;
-                                offset += 1;
+                let mut before: Option<(u64, &ApplyOp)> = None;
+                for op in &ops {
+                    let (from, to) = match op {
+                        ApplyOp::Write { offset, parts } => {
+                            let mut at = *offset;
+                            for (pos, len) in parts {
+                                for i in 0..*len {
+                                    found[(at + i) as usize] = 1000 + pos + i;
+                                }
+                                at += len;
                             }
-                        },
-                        ApplyOp::Zero { offset, len, .. } => {
-                            found[offset as usize..(offset + len) as usize].fill(7);
+                            (*offset, at)
                         }
+                        ApplyOp::Zero { offset, len, no_hole } => {
+                            let value = if *no_hole { 8 } else { 7 };
+                            found[*offset as usize..(offset + len) as usize].fill(value);
+                            (*offset, offset + len)
+                        }
+                    };
+                    if let Some((end, last)) = before {
+                        prop_assert!(end <= from, "in order, and nothing twice");
+                        let same = match (last, op) {
+                            (ApplyOp::Write { .. }, ApplyOp::Write { .. }) => true,
+                            (ApplyOp::Zero { no_hole, .. }, ApplyOp::Zero { no_hole: next, .. }) => {
+                                no_hole == next
+                            }
+                            _ => false,
+                        };
+                        prop_assert!(end < from || !same, "neighbours together");
                     }
+                    before = Some((to, op));
                 }
             }
             prop_assert_eq!(found, disk);
         }
+    }
+
+    #[test]
+    fn a_run_of_neighbours_is_cut_at_the_most_parts_and_the_most_bytes_of_a_write() {
+        // Every second position, so that no part joins the one before it.
+        let run = |count: u64, len: u64| {
+            let descs = (0..count).map(|i| desc(RecOp::Write, i * len, len, 2 * i * len)).collect();
+            let batch = SealedBatch { lsn: 0, end: 2 * count * len, hdr_crc: 0, descs };
+            let ops = plan([batch].iter()).remove(0).1;
+            ops.iter().map(ApplyOp::written).collect::<Vec<_>>()
+        };
+        let most = PARTS_MAX as u64 * 512;
+        assert_eq!(run(PARTS_MAX as u64 + 1, 512), [most, 512]);
+        assert_eq!(run(5, 1 << 20), [WRITE_MAX, 1 << 20]);
     }
 }

@@ -228,24 +228,15 @@ impl File for RealFile {
         write_vectored(&self.file, offset, parts)
     }
 
-    fn write_durable_at(&self, mut offset: u64, mut data: &[u8]) -> io::Result<()> {
+    fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         if self.direct && !is_aligned(data) {
             self.write_all_at(offset, data)?;
             return self.sync_data();
         }
-        while !data.is_empty() {
+        write_all(offset, data, |data, offset| {
             let slice = [IoSlice::new(data)];
-            match rustix::io::pwritev2(&self.file, &slice, offset, ReadWriteFlags::DSYNC) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(done) => {
-                    offset += done as u64;
-                    data = &data[done..];
-                }
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
+            rustix::io::pwritev2(&self.file, &slice, offset, ReadWriteFlags::DSYNC)
+        })
     }
 
     fn sync_data(&self) -> io::Result<()> {
@@ -408,9 +399,28 @@ pub fn open_real(path: &Path, how: Open) -> io::Result<RealFile> {
     RealFile::new(options.open(path)?)
 }
 
+fn write_all(
+    mut offset: u64,
+    mut data: &[u8],
+    write: impl Fn(&[u8], u64) -> Result<usize, Errno>,
+) -> io::Result<()> {
+    while !data.is_empty() {
+        match write(data, offset) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(done) => {
+                offset += done as u64;
+                data = &data[done..];
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
 fn write_vectored(file: &std::fs::File, mut offset: u64, parts: &[&[u8]]) -> io::Result<()> {
     if let [part] = parts {
-        return file.write_all_at(part, offset);
+        return write_all(offset, part, |data, offset| rustix::io::pwrite(file, data, offset));
     }
     let mut slices: Vec<IoSlice<'_>> = parts.iter().map(|p| IoSlice::new(p)).collect();
     let mut rest = slices.as_mut_slice();

@@ -14,11 +14,11 @@
 mod payload;
 
 use std::collections::HashMap;
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
-use rustix::net::SendFlags;
+use rustix::net::{RecvFlags, SendFlags};
 
 use super::volume::{EXTENTS_COST, ReadOutcome, Refusal, Volume};
 use crate::block::{Errno, ExportInfo, Extent, ZeroFlags};
@@ -650,11 +650,15 @@ impl Conn {
     /// Receives some bytes; 0 when there are none now. The end is an error.
     fn recv_into(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         loop {
-            return match self.socket.read(buf) {
-                Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(0),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                other => other.inspect(|n| self.received = self.received.wrapping_add(*n as u64)),
+            return match rustix::net::recv(&self.socket, &mut *buf, RecvFlags::empty()) {
+                Ok((0, _)) => Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok((count, _)) => {
+                    self.received = self.received.wrapping_add(count as u64);
+                    Ok(count)
+                }
+                Err(rustix::io::Errno::AGAIN) => Ok(0),
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(error) => Err(error.into()),
             };
         }
     }

@@ -1,8 +1,8 @@
 //! The loop of a filter process: wait, let ready connections do their requests, let the
 //! volume take a turn, hand out what became ready, send.
 //!
-//! One thread owns everything. It waits in one place (epoll) for sockets, the engine's
-//! eventfd and the next timer. The control socket is served here too, so that
+//! One thread owns everything. It waits in one place for sockets, the engine's
+//! eventfd and the next timer (`wait.rs`). The control socket is served here too, so that
 //! positions are always consistent.
 
 use std::collections::{BTreeMap, VecDeque};

@@ -21,7 +21,7 @@ pub(super) struct Wait {
     alone: Alone,
     /// The connection that is not in epoll.
     direct: Option<u64>,
-    /// Receiving from it without asking first brought something the last time.
+    /// What was asked for last was there at once: it is received from without asking.
     eager: bool,
     /// When the others were asked last, monotonic microseconds.
     asked_at: u64,
@@ -112,6 +112,7 @@ impl Server {
             self.wait.eager = false;
         }
         let due = self.due(start);
+        let start = self.clock.mono_us();
         let mut now = start;
         if due > start && self.wait.spin.begin() {
             let until = due.min(start + SPIN_MAX);
@@ -173,12 +174,12 @@ impl Server {
             Err(rustix::io::Errno::INTR) | Ok(0) => return Ok(false),
             other => other?,
         };
-        let [others, direct] = fds.map(|fd| !fd.revents().is_empty());
+        let [others, readable] = fds.map(|fd| !fd.revents().is_empty());
         if others {
             self.poll(ready, 0)?;
         }
         let now = if us > 0 { self.clock.mono_us() } else { now };
-        Ok((direct && self.receive_direct(touched, now)) || !ready.is_empty())
+        Ok((readable && self.receive_direct(touched, now)) || !ready.is_empty())
     }
 
     fn poll(&self, ready: &mut Vec<epoll::Event>, us: u64) -> io::Result<()> {
@@ -209,8 +210,9 @@ impl Server {
     fn choose_direct(&mut self, now: u64) {
         let (alone, id) = (self.wait.is_alone(now), self.wait.alone.last);
         if let Some(direct) = self.wait.direct {
-            if direct != id {
-                self.end_direct();
+            // If epoll does not take it now, it is served as it is, and tried again.
+            if direct != id && self.put_back(direct).is_ok() {
+                self.wait.direct = None;
             }
             return;
         }
@@ -221,17 +223,11 @@ impl Server {
         }
     }
 
-    /// Puts the connection that is not in epoll back, with what it waits for now. One that epoll
-    /// does not take ends: nobody would see what it sends.
-    fn end_direct(&mut self) {
-        let Some(id) = self.wait.direct.take() else { return };
-        let Some((conn, interest)) = self.conns.get(&id) else { return };
+    /// Puts a connection back into epoll, with what it waits for now.
+    fn put_back(&self, id: u64) -> rustix::io::Result<()> {
+        let Some((conn, interest)) = self.conns.get(&id) else { return Ok(()) };
         let flags = epoll::EventFlags::from_bits_retain(*interest);
-        let data = epoll::EventData::new_u64(id);
-        if let Err(error) = epoll::add(&self.epoll, conn.fd(), data, flags) {
-            tracing::warn!(%error, "a connection cannot be polled and ends");
-            self.close(id);
-        }
+        epoll::add(&self.epoll, conn.fd(), epoll::EventData::new_u64(id), flags)
     }
 
     /// Polls for input only if the connection can use it, for output only if some did
@@ -245,13 +241,18 @@ impl Server {
             return;
         }
         *old = flags.bits();
-        if self.wait.direct == Some(id) {
-            self.end_direct();
+        if self.wait.direct != Some(id) {
+            let data = epoll::EventData::new_u64(id);
+            if let Err(error) = epoll::modify(&self.epoll, conn.fd(), data, flags) {
+                tracing::warn!(%error, "a connection cannot be polled");
+            }
             return;
         }
-        let data = epoll::EventData::new_u64(id);
-        if let Err(error) = epoll::modify(&self.epoll, conn.fd(), data, flags) {
-            tracing::warn!(%error, "a connection cannot be polled");
+        self.wait.direct = None;
+        if let Err(error) = self.put_back(id) {
+            // Nobody would see when it can go on.
+            tracing::warn!(%error, "a connection cannot be polled and ends");
+            self.close(id);
         }
     }
 }
@@ -388,22 +389,49 @@ mod tests {
         for _ in 0..32 {
             ask(&mut stream, 0, 1 << 20);
         }
-        rounds(&mut server, |server| server.wait.direct.is_none());
-        assert!(server.conns[&id].0.has_output());
+        rounds(&mut server, |server| {
+            server.wait.direct.is_none() && server.conns[&id].0.has_output()
+        });
         answered(&mut server, &mut stream, 32 * (16 + (1 << 20)));
         assert_eq!(until_direct(&mut server, &mut stream), id);
     }
 
     #[test]
-    fn a_client_that_sends_while_the_loop_sleeps_wakes_it() {
+    fn a_wait_that_sleeps_ends_for_the_connection_outside_of_epoll_and_for_others() {
         let dir = tempfile::tempdir().unwrap();
         let (mut server, paths) = server(dir.path());
+        let mut other = connect(&mut server, &paths);
         let mut stream = connect(&mut server, &paths);
         until_direct(&mut server, &mut stream);
-        ask(&mut stream, 3, 0);
         let (mut ready, mut touched) = (Vec::with_capacity(16), Vec::new());
-        let now = server.clock.mono_us();
-        assert!(server.look(now, WAIT, &mut ready, &mut touched).unwrap());
-        assert!(!touched.is_empty() && server.clock.mono_us() < now + WAIT);
+        for from in [&mut stream, &mut other] {
+            ask(from, 3, 0);
+            let now = server.clock.mono_us();
+            assert!(server.look(now, WAIT, &mut ready, &mut touched).unwrap());
+            assert!(server.clock.mono_us() < now + WAIT);
+        }
+        assert_eq!((touched.len(), ready.len()), (1, 1));
+    }
+
+    #[test]
+    fn a_connection_that_always_sends_starves_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut server, paths) = server(dir.path());
+        let mut other = connect(&mut server, &paths);
+        let mut stream = connect(&mut server, &paths);
+        until_direct(&mut server, &mut stream);
+        let mut left = [0; 4096];
+        let mut busy = |server: &Server| {
+            ask(&mut stream, 3, 0);
+            let _ = stream.read(&mut left);
+            server.wait.eager
+        };
+        rounds(&mut server, &mut busy);
+        ask(&mut other, 3, 0);
+        let mut left = [0; 16];
+        rounds(&mut server, |server| {
+            busy(server);
+            other.read(&mut left).is_ok()
+        });
     }
 }
