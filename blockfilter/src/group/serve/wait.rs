@@ -126,6 +126,7 @@ impl Server {
                 now = self.clock.mono_us();
                 if now >= until || now - before > SPIN_MAX {
                     self.wait.spin.lost(now - before > SPIN_MAX);
+                    self.wait.eager = false;
                     break;
                 }
             }
@@ -315,7 +316,8 @@ mod tests {
         }
     }
 
-    fn connect(server: &mut Server, paths: &GroupPaths) -> UnixStream {
+    /// A client, and its connection.
+    fn connect(server: &mut Server, paths: &GroupPaths) -> (UnixStream, u64) {
         let mut stream = UnixStream::connect(paths.nbd_socket()).unwrap();
         let client = std::thread::spawn(move || {
             nbd::client::handshake(&mut stream, b"g.d").unwrap();
@@ -324,7 +326,7 @@ mod tests {
         rounds(server, |_| client.is_finished());
         let stream = client.join().unwrap();
         stream.set_nonblocking(true).unwrap();
-        stream
+        (stream, server.next_id - 1)
     }
 
     fn ask(stream: &mut UnixStream, command: u8, len: u32) {
@@ -345,14 +347,13 @@ mod tests {
     }
 
     /// One request after the other until it is not in epoll any more.
-    fn until_direct(server: &mut Server, stream: &mut UnixStream) -> u64 {
+    fn until_direct(server: &mut Server, (stream, id): &mut (UnixStream, u64)) {
         let until = server.clock.mono_us() + WAIT;
-        while server.wait.direct.is_none() {
+        while server.wait.direct != Some(*id) {
             ask(stream, 3, 0);
             answered(server, stream, 16);
             assert!(server.clock.mono_us() < until);
         }
-        server.wait.direct.unwrap()
     }
 
     #[test]
@@ -360,22 +361,22 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (mut server, paths) = server(dir.path());
         let mut first = connect(&mut server, &paths);
-        let id = until_direct(&mut server, &mut first);
+        until_direct(&mut server, &mut first);
+        let id = first.1;
         assert!(epoll::delete(&server.epoll, server.conns[&id].0.fd()).is_err(), "it is not there");
         let mut second = connect(&mut server, &paths);
         rounds(&mut server, |server| server.wait.direct != Some(id));
-        ask(&mut first, 3, 0);
-        ask(&mut second, 3, 0);
-        answered(&mut server, &mut first, 16);
-        answered(&mut server, &mut second, 16);
-        let other = until_direct(&mut server, &mut second);
-        assert!(other != id);
-        ask(&mut first, 3, 0);
-        answered(&mut server, &mut first, 16);
+        ask(&mut first.0, 3, 0);
+        ask(&mut second.0, 3, 0);
+        answered(&mut server, &mut first.0, 16);
+        answered(&mut server, &mut second.0, 16);
+        until_direct(&mut server, &mut second);
+        ask(&mut first.0, 3, 0);
+        answered(&mut server, &mut first.0, 16);
         // Whoever is left is alone again.
         drop(second);
         rounds(&mut server, |server| server.conns.len() == 1);
-        assert_eq!(until_direct(&mut server, &mut first), id);
+        until_direct(&mut server, &mut first);
         drop(first);
         rounds(&mut server, |server| server.conns.is_empty() && server.wait.direct.is_none());
     }
@@ -384,20 +385,20 @@ mod tests {
     fn answers_that_do_not_fit_the_socket_leave_though_its_connection_was_not_in_epoll() {
         let dir = tempfile::tempdir().unwrap();
         let (mut server, paths) = server(dir.path());
-        let mut stream = connect(&mut server, &paths);
-        let id = until_direct(&mut server, &mut stream);
+        let mut client = connect(&mut server, &paths);
+        until_direct(&mut server, &mut client);
         for _ in 0..32 {
-            ask(&mut stream, 0, 1 << 20);
+            ask(&mut client.0, 0, 1 << 20);
         }
         rounds(&mut server, |server| {
-            server.wait.direct.is_none() && server.conns[&id].0.has_output()
+            server.wait.direct.is_none() && server.conns[&client.1].0.has_output()
         });
-        answered(&mut server, &mut stream, 32 * (16 + (1 << 20)));
-        assert_eq!(until_direct(&mut server, &mut stream), id);
+        answered(&mut server, &mut client.0, 32 * (16 + (1 << 20)));
+        until_direct(&mut server, &mut client);
     }
 
     #[test]
-    fn a_wait_that_sleeps_ends_for_the_connection_outside_of_epoll_and_for_others() {
+    fn one_look_sees_the_connection_outside_of_epoll_and_others() {
         let dir = tempfile::tempdir().unwrap();
         let (mut server, paths) = server(dir.path());
         let mut other = connect(&mut server, &paths);
@@ -405,12 +406,13 @@ mod tests {
         until_direct(&mut server, &mut stream);
         let (mut ready, mut touched) = (Vec::with_capacity(16), Vec::new());
         for from in [&mut stream, &mut other] {
-            ask(from, 3, 0);
+            ask(&mut from.0, 3, 0);
             let now = server.clock.mono_us();
             assert!(server.look(now, WAIT, &mut ready, &mut touched).unwrap());
             assert!(server.clock.mono_us() < now + WAIT);
         }
-        assert_eq!((touched.len(), ready.len()), (1, 1));
+        assert_eq!(touched, [stream.1]);
+        assert!(ready.iter().any(|event| event.data.u64() == other.1));
     }
 
     #[test]
@@ -422,16 +424,16 @@ mod tests {
         until_direct(&mut server, &mut stream);
         let mut left = [0; 4096];
         let mut busy = |server: &Server| {
-            ask(&mut stream, 3, 0);
-            let _ = stream.read(&mut left);
+            ask(&mut stream.0, 3, 0);
+            let _ = stream.0.read(&mut left);
             server.wait.eager
         };
         rounds(&mut server, &mut busy);
-        ask(&mut other, 3, 0);
+        ask(&mut other.0, 3, 0);
         let mut left = [0; 16];
         rounds(&mut server, |server| {
             busy(server);
-            other.read(&mut left).is_ok()
+            matches!(other.0.read(&mut left), Ok(16))
         });
     }
 }
