@@ -399,6 +399,7 @@ pub fn open_real(path: &Path, how: Open) -> io::Result<RealFile> {
     RealFile::new(options.open(path)?)
 }
 
+/// Writes all of `data`, in as many calls of `write` as that takes.
 fn write_all(
     mut offset: u64,
     mut data: &[u8],

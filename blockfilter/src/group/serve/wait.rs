@@ -356,6 +356,17 @@ mod tests {
         }
     }
 
+    /// A client whose connection is not in epoll, and one whose connection is.
+    fn direct_beside_another(
+        server: &mut Server,
+        paths: &GroupPaths,
+    ) -> ((UnixStream, u64), (UnixStream, u64)) {
+        let other = connect(server, paths);
+        let mut stream = connect(server, paths);
+        until_direct(server, &mut stream);
+        (stream, other)
+    }
+
     #[test]
     fn a_connection_that_is_alone_is_served_without_epoll_and_others_are_heard_beside_it() {
         let dir = tempfile::tempdir().unwrap();
@@ -401,9 +412,7 @@ mod tests {
     fn one_look_sees_the_connection_outside_of_epoll_and_others() {
         let dir = tempfile::tempdir().unwrap();
         let (mut server, paths) = server(dir.path());
-        let mut other = connect(&mut server, &paths);
-        let mut stream = connect(&mut server, &paths);
-        until_direct(&mut server, &mut stream);
+        let (mut stream, mut other) = direct_beside_another(&mut server, &paths);
         let (mut ready, mut touched) = (Vec::with_capacity(16), Vec::new());
         for from in [&mut stream, &mut other] {
             ask(&mut from.0, 3, 0);
@@ -419,9 +428,7 @@ mod tests {
     fn a_connection_that_always_sends_starves_nobody() {
         let dir = tempfile::tempdir().unwrap();
         let (mut server, paths) = server(dir.path());
-        let mut other = connect(&mut server, &paths);
-        let mut stream = connect(&mut server, &paths);
-        until_direct(&mut server, &mut stream);
+        let (mut stream, mut other) = direct_beside_another(&mut server, &paths);
         let mut left = [0; 4096];
         let mut busy = |server: &Server| {
             ask(&mut stream.0, 3, 0);
