@@ -89,6 +89,7 @@ impl Filter {
         let place = self.place(len);
         if place.end > self.released() + self.config.arena {
             self.pressed = Some(Stall::Arena);
+            self.spacing.waits();
             return Err(Stall::Arena);
         }
         let journaled = self.mode != Mode::Unjournaled;

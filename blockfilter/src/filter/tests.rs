@@ -98,8 +98,8 @@ fn after_one_that_filled_the_journal_a_quarter_makes_the_next_one_due() {
 }
 
 #[test]
-fn what_is_kept_for_the_target_leaves_no_room_for_rarer_checkpoints() {
-    assert_eq!(distances(filter(MODE_SHIPPING), &[2, 2]), [4, 4]);
+fn what_is_kept_for_the_target_makes_the_next_checkpoint_come_earlier() {
+    assert_eq!(distances(filter(MODE_SHIPPING), &[2, 2, 1]), [4, 6, 4]);
 }
 
 /// Actions until none is due; nothing is done.
