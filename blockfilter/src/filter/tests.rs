@@ -18,7 +18,12 @@ const NOW: u64 = 1;
 
 /// With a journal of 16 chunks of 1 MiB that the target has nothing of.
 fn filter(mode: u8) -> Filter {
-    let geometry = ChunkGeometry { chunk: MIB, slots: 16 };
+    filter_of(mode, 16, 4 * MIB)
+}
+
+/// With a journal of so many chunks, and an arena of so many bytes.
+fn filter_of(mode: u8, slots: u32, arena: u64) -> Filter {
+    let geometry = ChunkGeometry { chunk: MIB, slots };
     let first = geometry.normal(0);
     let mut sup = JournalSuper::new_zeroed();
     (sup.mode, sup.checkpoint, sup.ship_floor) = (mode, first.into(), first.into());
@@ -32,7 +37,7 @@ fn filter(mode: u8) -> Filter {
         open: Vec::new(),
         unjournaled: false,
     };
-    Filter::new(FilterConfig { geometry, arena: 4 * MIB }, start, NOW)
+    Filter::new(FilterConfig { geometry, arena }, start, NOW)
 }
 
 /// Does what the filter asks for until it asks for nothing or for a sync of the disks: then true.
@@ -95,6 +100,22 @@ fn after_one_that_filled_the_journal_a_quarter_makes_the_next_one_due() {
     let found = distances(filter(MODE_NEW), &[2, 20, 0, 0]);
     // The third is due for what came during the second.
     assert_eq!((found[0], found[1], found[3]), (4, 8, 4));
+}
+
+#[test]
+fn a_checkpoint_that_holds_clients_up_at_a_small_arena_is_no_pause_of_theirs() {
+    let next_one_after = |writes| {
+        let mut filter = filter_of(MODE_NEW, 64, MIB);
+        while !settle(&mut filter) {
+            write(&mut filter);
+        }
+        let fitted = (0..writes).take_while(|_| write(&mut filter)).count();
+        filter.handle_sync_disks(Ok(()), &mut Nothing);
+        assert!(!settle(&mut filter));
+        (fitted, distances(filter, &[0])[0])
+    };
+    assert_eq!(next_one_after(12), (12, 16), "less than a sixteenth of 16 MiB, and they stopped");
+    assert_eq!(next_one_after(99), (15, 32), "as little, but all there was room for");
 }
 
 #[test]
