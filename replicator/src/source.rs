@@ -203,6 +203,6 @@ impl Journal for LocalJournal {
 }
 
 /// Buffers kept for the next reads, and how large, in bytes.
-const GIVEN_MAX: usize = 8;
+const GIVEN_MAX: usize = 20;
 const GIVEN_BYTES: usize = 8 << 20;
 const ANSWER: Duration = Duration::from_secs(10);

@@ -30,6 +30,7 @@ use serde::Serialize;
 use crate::receiver::Rpo;
 use crate::store::{GroupState, Store};
 
+mod handover;
 mod requests;
 mod stream;
 

@@ -1,8 +1,8 @@
 //! One session at the source.
 //!
 //! One thread: takes what arrived, tells heartbeats, reads the journal while
-//! nothing waits to be sent, sends the stream before copies. An epoch is started
-//! only while the window has room and is then sent to its end.
+//! nothing waits to be sent, or ahead if there is much, sends the stream before copies. An epoch is
+//! started only while the window has room and is then sent to its end.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +13,7 @@ use blockfilter::journal::reader::ReadError;
 use blockfilter::names::Lsn;
 
 use super::{SessionError, Shipper};
+use crate::ahead::Ahead;
 use crate::codec::{Controller, Encoder};
 use crate::epoch::{Builder, Epoch, Limits};
 use crate::feed::{Feed, Known};
@@ -23,7 +24,7 @@ use crate::session::{
     Ack, DiskInfo, Echo, ErrorMessage, HEARTBEAT_US, Heartbeat, Hello, HelloAck, SeedBegin,
     SeedEnd, Start, decide, group_id, held, is_seed_over, is_whole, keeps_up, seed_again,
 };
-use crate::source::{Control, Journal};
+use crate::source::Control;
 use crate::status::{SeedProgress, State};
 use crate::transport::{Channel, Waker};
 use crate::wire::{Kind, WIRE_VERSION};
@@ -48,7 +49,7 @@ struct Session<'a> {
     channel: &'a mut Channel,
     feed: Feed,
     wake: Arc<Waker>,
-    journal: Box<dyn Journal>,
+    journal: Ahead,
     builder: Builder,
     epoch: Option<Epoch>,
     seeding: Option<Seeding>,
@@ -116,7 +117,7 @@ pub(super) fn session(
         channel,
         feed,
         wake: wake.clone(),
-        journal,
+        journal: Ahead::new(journal, wake),
         builder: Builder::new(limits, from),
         epoch: None,
         seeding: None,
@@ -265,7 +266,7 @@ impl Session<'_> {
     fn timeout(&self, known: &Known, now: u64) -> Duration {
         let caught_up = self.builder.reached() >= known.positions.durable;
         let idle = self.epoch.is_none() && !self.builder.has_ready();
-        if idle && !caught_up {
+        if idle && !caught_up && !self.journal.is_reading() {
             return Duration::ZERO;
         }
         let room = self.window_bytes < WINDOW_BYTES;
@@ -342,10 +343,12 @@ impl Session<'_> {
         let durable = known.positions.durable;
         for _ in 0..READS {
             let from = self.builder.reached();
-            if self.epoch.is_some() || self.builder.has_ready() || from >= durable {
+            let sends = self.epoch.is_some() && !self.journal.is_reading();
+            let later = sends && !Ahead::is_far(from, durable);
+            if later || self.builder.has_ready() || from >= durable {
                 break;
             }
-            let (batches, next) = self.journal.read(from, durable, READ_BYTES)?;
+            let Some((batches, next)) = self.journal.read(from, durable)? else { break };
             self.builder.push(batches, next, now)?;
         }
         if self.epoch.is_none() && self.window_bytes < WINDOW_BYTES {
@@ -498,7 +501,6 @@ impl Session<'_> {
 const ANSWER_MAX: Duration = Duration::from_secs(15);
 /// Sent and not acknowledged; an epoch that was started is finished.
 const WINDOW_BYTES: u64 = 64 << 20;
-const READ_BYTES: usize = 4 << 20;
 /// Reads of the journal before the connection is looked after again.
 const READS: usize = 4;
 const COPY_EVERY: u32 = 8;

@@ -2,8 +2,8 @@
 //!
 //! Two threads: the session's own ([`Line`]) receives, decrypts and checks frames and sends
 //! acknowledgements; the other ([`Keeper`]) carries frames out, in order, at most
-//! [`AHEAD`] behind. So the next frames are received while a disk writes or syncs, and a slow one
-//! does not make the target look dead.
+//! an epoch behind ([`handover`]): the next one is received while a disk writes or syncs the last one, and a
+//! slow one does not make the target look dead.
 //!
 //! Holds: every change of the store happens under the group's lock by the session
 //! that holds the group; an Ack says only what is durable; copies are made
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver as Frames, RecvTimeoutError, SendTimeoutError, Sender, bounded};
+use crossbeam::channel::RecvTimeoutError;
 use replicator::frame::{FrameBuf, FrameError};
 use replicator::session::{
     Ack, ErrorCode, ErrorMessage, Heartbeat, Hello, HelloAck, SeedBegin, SeedEnd, Want, group_id,
@@ -22,6 +22,7 @@ use replicator::session::{
 use replicator::transport::{Channel, ChannelError, Waker};
 use replicator::wire::Kind;
 
+use super::handover::{Giver, Taker, handover};
 use super::requests::{error, refuse};
 use super::{GroupLink, Shared, lock, seed_at};
 use crate::receiver::{Begin, ReceiveError, Receiver};
@@ -236,7 +237,7 @@ fn told(why: &StreamError) -> ErrorMessage {
 
 impl Session<'_> {
     fn run(&self, channel: &mut Channel, receiver: Receiver) -> Result<(), StreamError> {
-        let (to_keeper, frames) = bounded(AHEAD);
+        let (to_keeper, frames) = handover(|| self.wake.wake());
         let synced_us = self.shared.clock.mono_us();
         std::thread::scope(|scope| {
             let keeper = std::thread::Builder::new().name("sf-keeper".into());
@@ -300,29 +301,21 @@ impl Session<'_> {
 
 impl Line<'_> {
     /// Until the connection or the keeper ends, another session takes over, or the target stops.
-    fn run(
-        &mut self,
-        channel: &mut Channel,
-        to_keeper: Sender<FrameBuf>,
-    ) -> Result<(), StreamError> {
+    fn run(&mut self, channel: &mut Channel, to_keeper: Giver) -> Result<(), StreamError> {
         let carried = self.carry(channel, &to_keeper);
         // What came before a line broke is carried out, however long a disk hangs: the source may
         // be gone for good. If we stop, it sends again what was not acknowledged.
         while carried.is_err()
             && let Some(frame) = self.held.take().or_else(|| channel.take())
         {
-            if to_keeper.send(frame).is_err() {
+            if !to_keeper.give_anyway(frame) {
                 break;
             }
         }
         carried
     }
 
-    fn carry(
-        &mut self,
-        channel: &mut Channel,
-        to_keeper: &Sender<FrameBuf>,
-    ) -> Result<(), StreamError> {
+    fn carry(&mut self, channel: &mut Channel, to_keeper: &Giver) -> Result<(), StreamError> {
         let session = self.session;
         let over =
             || session.ended.load(Ordering::SeqCst) || session.shared.stop.load(Ordering::SeqCst);
@@ -333,16 +326,13 @@ impl Line<'_> {
                 channel.pump(PUMP, Some(session.wake))?;
                 continue;
             };
-            match to_keeper.send_timeout(frame, PUMP) {
-                // If it ended it says why.
-                Ok(()) | Err(SendTimeoutError::Disconnected(_)) => {}
-                Err(SendTimeoutError::Timeout(frame)) => {
-                    self.held = Some(frame);
-                    // What an answer before left to be sent.
-                    match channel.pump(Duration::ZERO, None) {
-                        Ok(()) | Err(ChannelError::Closed) => {}
-                        Err(error) => return Err(error.into()),
-                    }
+            self.held = to_keeper.give(frame);
+            if self.held.is_some() {
+                session.wake.wait(PUMP);
+                // What an answer before left to be sent.
+                match channel.pump(Duration::ZERO, None) {
+                    Ok(()) | Err(ChannelError::Closed) => {}
+                    Err(error) => return Err(error.into()),
                 }
             }
         }
@@ -369,9 +359,9 @@ impl Line<'_> {
 
 impl Keeper<'_> {
     /// Until the line ends; what it handed over is carried out first.
-    fn run(&mut self, frames: &Frames<FrameBuf>) -> Result<(), StreamError> {
+    fn run(&mut self, frames: &Taker<impl Fn()>) -> Result<(), StreamError> {
         loop {
-            match frames.recv_timeout(PUMP) {
+            match frames.take(PUMP) {
                 Ok(frame) => self.take(frame)?,
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return self.sync_copies(),
@@ -467,8 +457,6 @@ impl Keeper<'_> {
     }
 }
 
-/// Frames that wait for the keeper.
-const AHEAD: usize = 4;
 const PUMP: Duration = Duration::from_millis(200);
 const COPY_SYNC_BYTES: u64 = 64 << 20;
 const QUIET_US: u64 = 2_000_000;
