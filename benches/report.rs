@@ -250,17 +250,24 @@ impl Report {
         self.figures = made;
     }
 
-    /// What the sequential load leaves for the line to catch up with.
+    /// What each load leaves for the line to catch up with: without it a rate while replicating says
+    /// nothing of the copy.
     fn backlog(&self) -> Vec<Figure> {
-        let cell = "seqwrite-1m";
-        let Some(row) = self.row(cell, Subject::Replicating) else { return Vec::new() };
-        let mib: Vec<f64> =
-            row.samples.iter().map(|s| s.backlog_bytes / f64::from(1 << 20)).collect();
-        let seconds: Vec<f64> = row.samples.iter().map(|s| s.drain_seconds).collect();
-        vec![
-            Figure::of(cell, "seqwrite-1m, replicating: backlog at its end", &mib, "MiB"),
-            Figure::of(cell, "seqwrite-1m, replicating: until it is drained", &seconds, "s"),
-        ]
+        let of = |row: &Row| {
+            let cell = row.cell;
+            let mib: Vec<f64> =
+                row.samples.iter().map(|s| s.backlog_bytes / f64::from(1 << 20)).collect();
+            let seconds: Vec<f64> = row.samples.iter().map(|s| s.drain_seconds).collect();
+            let title = |what| format!("{cell}, replicating: {what}");
+            [
+                Figure::of(cell, &title("backlog at its end"), &mib, "MiB"),
+                Figure::of(cell, &title("until it is drained"), &seconds, "s"),
+            ]
+        };
+        let rows = self.rows.iter().filter(|row| {
+            row.subject == Subject::Replicating && row.error.is_none() && !row.samples.is_empty()
+        });
+        rows.flat_map(of).collect()
     }
 
     /// Whether nothing that could be measured failed.
