@@ -194,13 +194,14 @@ mod tests {
                     ends.push(next.0);
                     at = next;
                 }
-                None => wake.wait(Duration::from_secs(30)),
+                None => assert!(wake.wait(LIMIT), "whoever waits for a read is woken"),
             }
         }
         Ok(ends)
     }
 
     const MIB: u64 = 1 << 20;
+    const LIMIT: Duration = Duration::from_secs(30);
 
     #[test]
     fn what_is_near_is_read_in_place() {
@@ -227,12 +228,11 @@ mod tests {
         let (mut ahead, wake, told) = ahead(u64::MAX);
         assert!(ahead.read(Lsn(0), Lsn(64 * MIB)).unwrap().is_none());
         assert!(ahead.is_reading());
-        while ahead.read(Lsn(0), Lsn(64 * MIB)).unwrap().is_none() {
-            wake.wait(Duration::from_secs(30));
-        }
+        assert!(wake.wait(LIMIT));
+        assert!(ahead.read(Lsn(0), Lsn(64 * MIB)).unwrap().is_some());
         assert!(ahead.is_reading());
-        let second = told.iter().take(2).last();
-        assert_eq!(second.map(|(_, from)| from), Some(4 * MIB));
+        let from = [(); 2].map(|()| told.recv_timeout(LIMIT).unwrap().1);
+        assert_eq!(from, [0, 4 * MIB]);
         drop(ahead);
         assert_eq!(told.iter().count(), 0, "its end waits for the read and begins no other");
     }

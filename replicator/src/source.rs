@@ -194,6 +194,10 @@ impl Journal for LocalJournal {
         if self.given.len() < GIVEN_MAX && data.capacity() <= GIVEN_BYTES {
             self.given.push(data.clone());
         }
+        if next >= durable {
+            // What was needed to catch up is not needed any more.
+            self.given.truncate(GIVEN_NEAR);
+        }
         let batches = batches
             .into_iter()
             .map(|b| Batch { hdr: b.hdr, data: data.clone(), bytes: b.bytes })
@@ -202,7 +206,9 @@ impl Journal for LocalJournal {
     }
 }
 
-/// Buffers kept for the next reads, and how large, in bytes.
+/// Buffers kept for the next reads: as many as two epochs and a read need, fewer once the end is
+/// reached; and how large, in bytes.
 const GIVEN_MAX: usize = 20;
+const GIVEN_NEAR: usize = 8;
 const GIVEN_BYTES: usize = 8 << 20;
 const ANSWER: Duration = Duration::from_secs(10);

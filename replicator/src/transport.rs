@@ -71,9 +71,9 @@ impl Waker {
         let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
     }
 
-    /// Waits until it is woken, at most `timeout`.
-    pub fn wait(&self, timeout: Duration) {
-        self.wait_fds(&mut [PollFd::new(&self.fd, PollFlags::IN)], timeout);
+    /// Waits until it is woken, at most `timeout`; whether it was.
+    pub fn wait(&self, timeout: Duration) -> bool {
+        self.wait_fds(&mut [PollFd::new(&self.fd, PollFlags::IN)], timeout)
     }
 
     /// Waits until `other` is readable or it is woken, at most `timeout`.
@@ -82,15 +82,15 @@ impl Waker {
         self.wait_fds(fds, timeout);
     }
 
-    fn wait_fds(&self, fds: &mut [PollFd<'_>], timeout: Duration) {
+    fn wait_fds(&self, fds: &mut [PollFd<'_>], timeout: Duration) -> bool {
         // An interrupted or failed wait only ends early.
         let _ = poll(fds, Some(&timespec(timeout)));
-        self.drain();
+        self.drain()
     }
 
-    fn drain(&self) {
+    fn drain(&self) -> bool {
         let mut count = [0; 8];
-        let _ = rustix::io::read(&self.fd, &mut count);
+        rustix::io::read(&self.fd, &mut count).is_ok()
     }
 }
 

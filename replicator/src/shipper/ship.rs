@@ -50,6 +50,8 @@ struct Session<'a> {
     feed: Feed,
     wake: Arc<Waker>,
     journal: Ahead,
+    /// Why nothing more can be read: told once what was read before is sent.
+    unreadable: Option<ReadError>,
     builder: Builder,
     epoch: Option<Epoch>,
     seeding: Option<Seeding>,
@@ -118,6 +120,7 @@ pub(super) fn session(
         feed,
         wake: wake.clone(),
         journal: Ahead::new(journal, wake),
+        unreadable: None,
         builder: Builder::new(limits, from),
         epoch: None,
         seeding: None,
@@ -270,7 +273,7 @@ impl Session<'_> {
             return Duration::ZERO;
         }
         let room = self.window_bytes < WINDOW_BYTES;
-        let closes = self.builder.deadline().filter(|_| idle && room);
+        let closes = self.builder.deadline().filter(|_| idle && room && caught_up);
         let next = closes.map_or(self.heartbeat_due, |at| at.min(self.heartbeat_due));
         Duration::from_micros(next.saturating_sub(now).clamp(200, HEARTBEAT_US))
     }
@@ -341,15 +344,25 @@ impl Session<'_> {
 
     fn read_journal(&mut self, known: &Known, now: u64) -> Result<(), SessionError> {
         let durable = known.positions.durable;
+        if self.epoch.is_none()
+            && let Some(error) = self.unreadable.take()
+        {
+            return Err(error.into());
+        }
         for _ in 0..READS {
             let from = self.builder.reached();
             let sends = self.epoch.is_some() && !self.journal.is_reading();
             let later = sends && !Ahead::is_far(from, durable);
-            if later || self.builder.has_ready() || from >= durable {
+            let ended = self.unreadable.is_some() || from >= durable;
+            if later || ended || self.builder.has_ready() {
                 break;
             }
-            let Some((batches, next)) = self.journal.read(from, durable)? else { break };
-            self.builder.push(batches, next, now)?;
+            match self.journal.read(from, durable) {
+                Ok(Some((batches, next))) => self.builder.push(batches, next, now)?,
+                Ok(None) => break,
+                Err(error) if self.epoch.is_some() => self.unreadable = Some(error),
+                Err(error) => return Err(error.into()),
+            }
         }
         if self.epoch.is_none() && self.window_bytes < WINDOW_BYTES {
             let caught_up = self.builder.reached() >= durable;

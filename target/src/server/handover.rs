@@ -13,13 +13,19 @@ use replicator::frame::FrameBuf;
 
 /// Two ends of a queue; `wake` is called by the taking one when there is room again.
 pub(super) fn handover<W: Fn()>(wake: W) -> (Giver, Taker<W>) {
+    with_room(AHEAD_BYTES, wake)
+}
+
+fn with_room<W: Fn()>(room: usize, wake: W) -> (Giver, Taker<W>) {
     let (sender, receiver) = bounded(AHEAD_FRAMES);
-    let waiting = Arc::new(Waiting::default());
+    let waiting = Arc::new(Waiting { room, bytes: 0.into(), stuck: false.into() });
     (Giver { sender, waiting: waiting.clone() }, Taker { receiver, waiting, wake })
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Waiting {
+    /// Bytes.
+    room: usize,
     bytes: AtomicUsize,
     /// A frame found no room.
     stuck: AtomicBool,
@@ -33,8 +39,8 @@ pub(super) struct Giver {
 }
 
 impl Giver {
-    /// Gives a frame, or has it back: then there is no room, and the other end will wake. It is
-    /// dropped if the other end is gone.
+    /// Gives a frame, or has it back: then there is no room, and the other end will wake. If that
+    /// is gone the frame may be dropped.
     pub(super) fn give(&self, frame: FrameBuf) -> Option<FrameBuf> {
         let waiting = &self.waiting;
         waiting.stuck.store(false, Ordering::SeqCst);
@@ -51,7 +57,7 @@ impl Giver {
 
     fn is_full(&self, frame: &FrameBuf) -> bool {
         let bytes = self.waiting.bytes.load(Ordering::SeqCst);
-        (bytes > 0 && bytes + frame.bytes.len() > AHEAD_BYTES) || self.sender.is_full()
+        (bytes > 0 && bytes + frame.bytes.len() > self.waiting.room) || self.sender.is_full()
     }
 
     /// Gives a frame though many wait, once there are fewer than [`AHEAD_FRAMES`]. False: the other
@@ -76,7 +82,7 @@ impl<W: Fn()> Taker<W> {
         let frame = self.receiver.recv_timeout(timeout)?;
         let len = frame.bytes.len();
         let left = self.waiting.bytes.fetch_sub(len, Ordering::SeqCst) - len;
-        if left <= AHEAD_BYTES / 2 && self.waiting.stuck.load(Ordering::SeqCst) {
+        if left <= self.waiting.room / 2 && self.waiting.stuck.load(Ordering::SeqCst) {
             (self.wake)();
         }
         Ok(frame)
@@ -134,6 +140,31 @@ mod tests {
         assert_eq!(taker.take(Duration::ZERO).unwrap().body().len(), AHEAD_BYTES);
         let given = (0..9999).take_while(|_| giver.give(frame(0)).is_none()).count();
         assert_eq!(given, AHEAD_FRAMES);
+    }
+
+    #[test]
+    fn who_found_no_room_is_woken_though_it_comes_at_that_moment() {
+        const COUNT: usize = 100_000;
+        let (woken, wake) = bounded(1);
+        // Room for none, so each waits for the one before to be taken.
+        let (giver, taker) = with_room(1, move || {
+            let _ = woken.try_send(());
+        });
+        let limit = Duration::from_secs(30);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                for _ in 0..COUNT {
+                    taker.take(limit).unwrap();
+                }
+            });
+            for _ in 0..COUNT {
+                let mut held = giver.give(frame(0));
+                while let Some(frame) = held {
+                    wake.recv_timeout(limit).expect("it is woken");
+                    held = giver.give(frame);
+                }
+            }
+        });
     }
 
     #[test]

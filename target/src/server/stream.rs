@@ -358,9 +358,10 @@ impl Line<'_> {
 }
 
 impl Keeper<'_> {
-    /// Until the line ends; what it handed over is carried out first.
+    /// Until the line ends; what it handed over is carried out first. Not if the target stops: the
+    /// source sends it again.
     fn run(&mut self, frames: &Taker<impl Fn()>) -> Result<(), StreamError> {
-        loop {
+        while !self.session.shared.stop.load(Ordering::SeqCst) {
             match frames.take(PUMP) {
                 Ok(frame) => self.take(frame)?,
                 Err(RecvTimeoutError::Timeout) => {}
@@ -368,6 +369,7 @@ impl Keeper<'_> {
             }
             self.sync_copies_if_due()?;
         }
+        self.sync_copies()
     }
 
     fn take(&mut self, frame: FrameBuf) -> Result<(), StreamError> {

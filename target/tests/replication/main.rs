@@ -296,6 +296,31 @@ fn a_line_cut_at_any_byte_makes_no_gap_and_no_repeat() {
 }
 
 #[test]
+fn a_source_far_behind_reads_ahead_and_damage_there_stops_no_epoch_before_it() {
+    let site = Site::new();
+    let source = MemSource::new(vec![vec![1; 64 << 20]]);
+    source.lock().bytes_per_us = 1000;
+    let agent = site.agent("a");
+    let shipper = site.shipper(&agent, &source, site.handle.local_addr());
+    shipping(&shipper, || site.until_holds(source.durable()));
+    let mut random = Random(3);
+    let mut write = |at: usize| {
+        let data: Vec<u8> = (0..1 << 17).flat_map(|_| random.next().to_le_bytes()).collect();
+        source.write(0, at % (60 << 20) / 512 * 512, &data)
+    };
+    // Epochs of 32 MiB: one is whole before the damage, and the next is not.
+    let ends: Vec<u64> = (0..100).map(|i| write(i * 1_000_000)).collect();
+    source.lock().damaged_from = ends[49];
+    shipping(&shipper, || site.until_holds(Lsn(ends[29])));
+    assert!(site.handle.status()[0].recoverable.is_some_and(|lsn| lsn.0 <= ends[49]));
+    source.lock().damaged_from = u64::MAX;
+    shipping(&shipper, || site.until_holds(source.durable()));
+    assert!(source.lock().read_ahead > 0);
+    assert_eq!(source.lock().seeds, 1);
+    assert!(site.check_points(&source, 4) >= 3);
+}
+
+#[test]
 fn a_frozen_group_is_seeded_again_and_old_points_stay() {
     let site = Site::new();
     let source = MemSource::new(disks());

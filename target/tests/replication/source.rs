@@ -31,6 +31,12 @@ pub(crate) struct State {
     pub positions: Positions,
     /// Batches below are no longer in the journal.
     pub kept_from: u64,
+    /// The journal is damaged from here on.
+    pub damaged_from: u64,
+    /// How many bytes are written in a microsecond, by the batches' time.
+    pub bytes_per_us: u64,
+    /// Reads of the journal ahead of what is sent.
+    pub read_ahead: u32,
     pub seeds: u32,
     /// What was last told of the target: its position, and whether as a complete copy.
     pub told: (Lsn, bool),
@@ -59,6 +65,9 @@ impl MemSource {
             written: Vec::new(),
             positions,
             kept_from: 4096,
+            damaged_from: u64::MAX,
+            bytes_per_us: 1,
+            read_ahead: 0,
             seeds: 0,
             told: (Lsn(0), false),
             taken_back: 0,
@@ -126,7 +135,7 @@ impl State {
             lsn: lsn.into(),
             total_len: (total as u32).into(),
             wall_us: (1_790_000_000_000_000 + lsn).into(),
-            mono_us: lsn.into(),
+            mono_us: (lsn / self.bytes_per_us).into(),
             ..Default::default()
         };
         let mut data = vec![0; total];
@@ -193,14 +202,18 @@ impl Journal for MemSource {
         durable: Lsn,
         max: usize,
     ) -> Result<(Vec<Batch>, Lsn), ReadError> {
-        let state = self.lock();
+        let mut state = self.lock();
+        state.read_ahead += u32::from(std::thread::current().name() == Some("sf-journal"));
         if from < durable && from.0 < state.kept_from {
             return Err(ReadError::Gone(from));
+        }
+        if from < durable && from.0 >= state.damaged_from {
+            return Err(ReadError::Damaged(from, "a test says so"));
         }
         let (mut batches, mut bytes, mut next) = (Vec::new(), 0, from);
         let first = state.batches.partition_point(|b| b.hdr.lsn.get() < from.0);
         for batch in &state.batches[first..] {
-            if batch.hdr.lsn.get() >= durable.0 || bytes >= max {
+            if batch.hdr.lsn.get() >= durable.0.min(state.damaged_from) || bytes >= max {
                 break;
             }
             bytes += batch.bytes.len();
