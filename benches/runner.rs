@@ -146,6 +146,12 @@ impl Runner {
         self.sites.get_mut(&subject).context("just made")
     }
 
+    /// The same, made anew whether or not there is one.
+    pub(crate) fn fresh_site(&mut self, subject: Subject, need: u64) -> Result<&mut Site> {
+        self.sites.remove(&subject);
+        self.site(subject, need)
+    }
+
     fn new_site(&mut self, subject: Subject, need: u64) -> Result<Site> {
         eprintln!("  making: {}", subject.name());
         let folder = self.new_folder()?;

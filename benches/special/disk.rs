@@ -65,30 +65,44 @@ fn device_flushes(folder: &Path) -> Option<u64> {
 pub(super) fn memory(cell: &'static str, runner: &mut Runner) -> Result<Vec<Figure>> {
     let seconds = runner.options.seconds;
     let size = runner.options.size_mib << 20;
-    let site = runner.site(Subject::Down, seconds * (1000 << 20) + (1 << 30))?;
-    let load = ["--rw=randwrite", "--bs=4k", "--iodepth=16"].map(String::from);
-    fio::run(&nbd_target(&site.uri), &load, Some(seconds))?;
-    let status = std::fs::read_to_string(format!("/proc/{}/status", site.filter_pid()?))?;
+    // What a filter served before is in its highest memory, too.
+    let site = runner.fresh_site(Subject::Down, 3 * seconds * (1000 << 20) + (1 << 30))?;
+    let arena = site.arena_bytes()?;
+    // A + 40 A/4096 + S/32768 + 256 KiB a connection + 8 MiB.
+    let bound = arena + 40 * arena / 4096 + size / 32768 + (256 << 10) + (8 << 20);
+    let small = [["--rw=randwrite", "--bs=4k", "--iodepth=16"]];
+    let large = [["--rw=write", "--bs=1m", "--iodepth=4"], ["--rw=read", "--bs=1m", "--iodepth=4"]];
+    let mut figures = Vec::new();
+    for (what, loads, in_flight) in [
+        ("filter's memory at its highest", small.as_slice(), 0),
+        ("the same, with requests of 1 MiB behind it", large.as_slice(), IN_FLIGHT),
+    ] {
+        for load in loads {
+            fio::run(&nbd_target(&site.uri), &load.map(String::from), Some(seconds))?;
+        }
+        let highest = highest(site.filter_pid()?)?;
+        let bound = ((bound + in_flight) >> 10) as f64 / 1024.0;
+        let note = format!("256 KiB a connection, {} MiB in flight", in_flight >> 20);
+        let figure = Figure::of(cell, what, &[highest], "MiB");
+        figures.push(figure.at_most(bound.round(), bound.round()).note(note));
+    }
+    Ok(figures)
+}
+
+/// The highest memory of a process, in MiB. Its program's own pages are the page cache's, and no
+/// part of it.
+fn highest(pid: u32) -> Result<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let kib = |name: &str| -> Option<f64> {
         let line = status.lines().find_map(|line| line.strip_prefix(name))?;
         line.trim_start_matches(':').split_whitespace().next()?.parse().ok()
     };
-    let arena = site.arena_bytes()?;
-    // A + 40 A/4096 + S/32768 + 256 KiB a connection + 8 MiB.
-    let bound = arena + 40 * arena / 4096 + size / 32768 + (256 << 10) + (8 << 20);
-    let bound = (bound >> 10) as f64 / 1024.0;
-    let highest = kib("VmHWM").context("no VmHWM")? / 1024.0;
-    // The program's own pages are the page cache's, and no part of the bound.
-    let program = kib("RssFile").unwrap_or(0.0) / 1024.0;
-    let shared = kib("RssShmem").unwrap_or(0.0) / 1024.0;
-    let figure = Figure::of(cell, "filter's memory at its highest", &[highest - program], "MiB");
-    let note = format!(
-        "{shared:.0} MiB of it shared; {program:.0} MiB of program apart; arena {} MiB",
-        arena >> 20
-    );
-    Ok(vec![figure.at_most(bound.round(), bound.round()).note(note)])
+    let program = kib("RssFile").unwrap_or(0.0);
+    Ok((kib("VmHWM").context("no VmHWM")? - program) / 1024.0)
 }
 
+/// Bytes of requests that a connection may have in flight: the filter's own limit.
+const IN_FLIGHT: u64 = 16 << 20;
 /// Syncs that must each be seen as a flush of the device.
 const PROBES: u64 = 10;
 /// Position of the completed flushes in a disk's stat file.
