@@ -101,7 +101,7 @@ fn highest(pid: u32) -> Result<f64> {
     Ok((kib("VmHWM").context("no VmHWM")? - program) / 1024.0)
 }
 
-/// Bytes of requests that a connection may have in flight: the filter's own limit.
+/// Bytes of reads that a connection may have under way: the filter's own limit.
 const IN_FLIGHT: u64 = 16 << 20;
 /// Syncs that must each be seen as a flush of the device.
 const PROBES: u64 = 10;

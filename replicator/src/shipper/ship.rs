@@ -50,7 +50,7 @@ struct Session<'a> {
     feed: Feed,
     wake: Arc<Waker>,
     journal: Ahead,
-    /// Why nothing more can be read: told once what was read before is sent.
+    /// Why nothing more can be read: told once what was read before it is sent.
     unreadable: Option<ReadError>,
     builder: Builder,
     epoch: Option<Epoch>,
@@ -267,13 +267,13 @@ impl Session<'_> {
     }
 
     fn timeout(&self, known: &Known, now: u64) -> Duration {
-        let caught_up = self.builder.reached() >= known.positions.durable;
+        let at_end = self.is_at_end(known);
         let idle = self.epoch.is_none() && !self.builder.has_ready();
-        if idle && !caught_up && !self.journal.is_reading() {
+        if idle && !at_end && !self.journal.is_reading() {
             return Duration::ZERO;
         }
         let room = self.window_bytes < WINDOW_BYTES;
-        let closes = self.builder.deadline().filter(|_| idle && room && caught_up);
+        let closes = self.builder.deadline().filter(|_| idle && room && at_end);
         let next = closes.map_or(self.heartbeat_due, |at| at.min(self.heartbeat_due));
         Duration::from_micros(next.saturating_sub(now).clamp(200, HEARTBEAT_US))
     }
@@ -344,10 +344,11 @@ impl Session<'_> {
 
     fn read_journal(&mut self, known: &Known, now: u64) -> Result<(), SessionError> {
         let durable = known.positions.durable;
-        if self.epoch.is_none()
-            && let Some(error) = self.unreadable.take()
-        {
-            return Err(error.into());
+        if let Some(error) = self.unreadable.take_if(|_| self.epoch.is_none()) {
+            if !matches!(error, ReadError::Damaged(..)) || self.holds_nothing() {
+                return Err(error.into());
+            }
+            self.unreadable = Some(error);
         }
         for _ in 0..READS {
             let from = self.builder.reached();
@@ -360,19 +361,31 @@ impl Session<'_> {
             match self.journal.read(from, durable) {
                 Ok(Some((batches, next))) => self.builder.push(batches, next, now)?,
                 Ok(None) => break,
-                Err(error) if self.epoch.is_some() => self.unreadable = Some(error),
-                Err(error) => return Err(error.into()),
+                Err(error) => self.unreadable = Some(error),
             }
         }
         if self.epoch.is_none() && self.window_bytes < WINDOW_BYTES {
-            let caught_up = self.builder.reached() >= durable;
-            if let Some(mut epoch) = self.builder.poll(now, caught_up)? {
+            let at_end = self.is_at_end(known);
+            if let Some(mut epoch) = self.builder.poll(now, at_end)? {
                 epoch.set_writer(known.positions.incarnation, known.positions.generation);
                 self.epoch_bytes = 0;
                 self.epoch = Some(epoch);
             }
         }
         Ok(())
+    }
+
+    /// Whether everything is read that is durable, or that can be: what is before damage is an epoch,
+    /// too, so that the next session finds the damage where the target is, and what it does.
+    fn is_at_end(&self, known: &Known) -> bool {
+        let damaged = matches!(self.unreadable, Some(ReadError::Damaged(..)));
+        damaged || self.builder.reached() >= known.positions.durable
+    }
+
+    /// Whether everything that was read is durable at the target.
+    fn holds_nothing(&self) -> bool {
+        let open = self.builder.deadline().is_some() || self.builder.has_ready();
+        self.epoch.is_none() && !open && self.window.is_empty()
     }
 
     /// Sends one frame if there is one: of the stream first, but of the copy

@@ -296,7 +296,7 @@ fn a_line_cut_at_any_byte_makes_no_gap_and_no_repeat() {
 }
 
 #[test]
-fn a_source_far_behind_reads_ahead_and_damage_there_stops_no_epoch_before_it() {
+fn a_source_far_behind_reads_ahead_sends_what_is_before_damage_and_is_then_copied_again() {
     let site = Site::new();
     let source = MemSource::new(vec![vec![1; 64 << 20]]);
     source.lock().bytes_per_us = 1000;
@@ -308,15 +308,15 @@ fn a_source_far_behind_reads_ahead_and_damage_there_stops_no_epoch_before_it() {
         let data: Vec<u8> = (0..1 << 17).flat_map(|_| random.next().to_le_bytes()).collect();
         source.write(0, at % (60 << 20) / 512 * 512, &data)
     };
-    // Epochs of 32 MiB: one is whole before the damage, and the next is not.
+    // Epochs of 32 MiB: the damage is in the second.
     let ends: Vec<u64> = (0..100).map(|i| write(i * 1_000_000)).collect();
-    source.lock().damaged_from = ends[49];
-    shipping(&shipper, || site.until_holds(Lsn(ends[29])));
-    assert!(site.handle.status()[0].recoverable.is_some_and(|lsn| lsn.0 <= ends[49]));
-    source.lock().damaged_from = u64::MAX;
+    source.lock().damaged_at = ends[49];
     shipping(&shipper, || site.until_holds(source.durable()));
     assert!(source.lock().read_ahead > 0);
-    assert_eq!(source.lock().seeds, 1);
+    assert_eq!(source.lock().seeds, 2);
+    let store = site.store.group(&name("g")).unwrap();
+    let points = store.points(PointQuery { since_us: None, tagged: false, limit: None });
+    assert!(points.iter().any(|p| p.usable && p.lsn.0 == ends[49]), "what is before it is there");
     assert!(site.check_points(&source, 4) >= 3);
 }
 

@@ -31,8 +31,8 @@ pub(crate) struct State {
     pub positions: Positions,
     /// Batches below are no longer in the journal.
     pub kept_from: u64,
-    /// The journal is damaged from here on.
-    pub damaged_from: u64,
+    /// The batch at this position is damaged.
+    pub damaged_at: u64,
     /// How many bytes are written in a microsecond, by the batches' time.
     pub bytes_per_us: u64,
     /// Reads of the journal ahead of what is sent.
@@ -65,7 +65,7 @@ impl MemSource {
             written: Vec::new(),
             positions,
             kept_from: 4096,
-            damaged_from: u64::MAX,
+            damaged_at: u64::MAX,
             bytes_per_us: 1,
             read_ahead: 0,
             seeds: 0,
@@ -207,13 +207,14 @@ impl Journal for MemSource {
         if from < durable && from.0 < state.kept_from {
             return Err(ReadError::Gone(from));
         }
-        if from < durable && from.0 >= state.damaged_from {
+        if from < durable && from.0 == state.damaged_at {
             return Err(ReadError::Damaged(from, "a test says so"));
         }
         let (mut batches, mut bytes, mut next) = (Vec::new(), 0, from);
         let first = state.batches.partition_point(|b| b.hdr.lsn.get() < from.0);
         for batch in &state.batches[first..] {
-            if batch.hdr.lsn.get() >= durable.0.min(state.damaged_from) || bytes >= max {
+            let lsn = batch.hdr.lsn.get();
+            if lsn >= durable.0 || lsn == state.damaged_at || bytes >= max {
                 break;
             }
             bytes += batch.bytes.len();
