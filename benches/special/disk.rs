@@ -75,6 +75,7 @@ pub(super) fn memory(cell: &'static str, runner: &mut Runner) -> Result<Vec<Figu
     let mut figures = Vec::new();
     for (what, loads, in_flight) in [
         ("filter's memory at its highest", small.as_slice(), 0),
+        // A connection's reads come on top.
         ("the same, with requests of 1 MiB behind it", large.as_slice(), IN_FLIGHT),
     ] {
         for load in loads {

@@ -344,11 +344,12 @@ impl Session<'_> {
 
     fn read_journal(&mut self, known: &Known, now: u64) -> Result<(), SessionError> {
         let durable = known.positions.durable;
-        if let Some(error) = self.unreadable.take_if(|_| self.epoch.is_none()) {
-            if !matches!(error, ReadError::Damaged(..)) || self.holds_nothing() {
-                return Err(error.into());
-            }
-            self.unreadable = Some(error);
+        let over = match self.unreadable {
+            Some(ReadError::Damaged(..)) => self.holds_nothing(),
+            _ => self.epoch.is_none(),
+        };
+        if let Some(error) = self.unreadable.take_if(|_| over) {
+            return Err(error.into());
         }
         for _ in 0..READS {
             let from = self.builder.reached();
@@ -375,8 +376,8 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Whether everything is read that is durable, or that can be: what is before damage is an epoch,
-    /// too, so that the next session finds the damage where the target is, and what it does.
+    /// Whether everything is read that is durable, or that can be. What is before damage is an epoch,
+    /// too: only a session that begins at the damage can tell that it must copy again.
     fn is_at_end(&self, known: &Known) -> bool {
         let damaged = matches!(self.unreadable, Some(ReadError::Damaged(..)));
         damaged || self.builder.reached() >= known.positions.durable
