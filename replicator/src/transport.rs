@@ -202,6 +202,11 @@ impl Channel {
             moved: 0,
             counters: Counters::default(),
         };
+        if channel.is_local() {
+            // Within a machine there is nothing to probe for; a system's BBR paces by timers there.
+            // Only a matter of speed.
+            let _ = rustix::net::sockopt::set_tcp_congestion(&channel.socket, "reno");
+        }
         channel.handshake(timeout)?;
         Ok(channel)
     }
