@@ -62,10 +62,6 @@ pub trait File: Send + Sync + Debug {
         }
         Ok(())
     }
-    /// The same, and never past the page cache.
-    fn write_cached_at(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
-        self.write_vectored_at(offset, parts)
-    }
     /// Writes all of `data`, which is durable on return; what was written before
     /// need not be.
     fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -246,9 +242,6 @@ impl File for Latched {
     }
     fn write_vectored_at(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
         self.guard(self.full_is_final, |f| f.write_vectored_at(offset, parts))
-    }
-    fn write_cached_at(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
-        self.guard(self.full_is_final, |f| f.write_cached_at(offset, parts))
     }
     fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let _one = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);

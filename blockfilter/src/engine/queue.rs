@@ -220,6 +220,7 @@ impl Target {
 
     fn apply(&self, disks: &[(u8, Vec<ApplyOp>)]) -> Result<(), (u8, io::Error)> {
         let mut placement = Placement::default();
+        self.place(&mut placement);
         for (index, ops) in disks {
             let writes = &self.writes[usize::from(*index)];
             writes.mark();
@@ -245,14 +246,12 @@ impl Target {
 
     fn apply_all(&self, index: u8, ops: &[ApplyOp], placement: &mut Placement) -> io::Result<()> {
         let mut moved = 0;
-        let mut keeps_up = self.place(placement);
         for op in ops {
-            self.apply_one(index, op, keeps_up)?;
+            self.apply_one(index, op)?;
             moved += APPLY_COST + op.written();
             if moved >= TURN_BYTES as u64 {
                 moved = 0;
-                keeps_up = self.place(placement);
-                if keeps_up {
+                if self.place(placement) {
                     give_way();
                 }
             }
@@ -260,19 +259,15 @@ impl Target {
         Ok(())
     }
 
-    fn apply_one(&self, index: u8, op: &ApplyOp, keeps_up: bool) -> io::Result<()> {
+    fn apply_one(&self, index: u8, op: &ApplyOp) -> io::Result<()> {
         let disk = &self.disks[usize::from(index)];
-        // Clients need not wait for the device while the kernel has memory for what it is behind.
-        let write = |offset, parts: &[&[u8]]| match keeps_up {
-            true => disk.write_vectored_at(offset, parts),
-            false => disk.write_cached_at(offset, parts),
-        };
         match op {
             ApplyOp::Write { offset, parts } => {
                 let bytes = |(pos, len): &(u64, u64)| self.arena.bytes(*pos, *len);
                 match &parts[..] {
-                    [part] => write(*offset, &[bytes(part)]),
-                    _ => write(*offset, &parts.iter().map(bytes).collect::<Vec<_>>()),
+                    [part] => disk.write_vectored_at(*offset, &[bytes(part)]),
+                    _ => disk
+                        .write_vectored_at(*offset, &parts.iter().map(bytes).collect::<Vec<_>>()),
                 }
             }
             ApplyOp::Zero { offset, len, no_hole } => {
@@ -563,8 +558,8 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
-    /// A disk whose second write waits until told, and that counts its syncs, the writes to the page
-    /// cache and the processors that each write might use, and keeps its policy.
+    /// A disk whose second write waits until told, and that counts its syncs and the processors
+    /// that each write might use, and keeps its policy.
     #[derive(Debug)]
     struct Slow {
         inner: Arc<dyn File>,
@@ -572,7 +567,6 @@ mod tests {
         begun: Sender<()>,
         go: Receiver<()>,
         syncs: AtomicUsize,
-        cached: AtomicUsize,
         broken: AtomicBool,
     }
 
@@ -588,10 +582,6 @@ mod tests {
                 self.go.recv_timeout(LONG).unwrap();
             }
             self.inner.write_all_at(offset, data)
-        }
-        fn write_cached_at(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
-            self.cached.fetch_add(1, Ordering::SeqCst);
-            self.write_vectored_at(offset, parts)
         }
         fn sync_data(&self) -> io::Result<()> {
             self.syncs.fetch_add(1, Ordering::SeqCst);
@@ -625,8 +615,8 @@ mod tests {
         let inner = files.open(Path::new("/d"), Open::CreateNew).unwrap();
         inner.set_len(1 << 20).unwrap();
         let ((begun, has_begun), (tell, go)) = (bounded(1), bounded(1));
-        let (syncs, cached, broken, computed) = Default::default();
-        let slow = Arc::new(Slow { inner, computed, begun, go, syncs, cached, broken });
+        let (syncs, broken, computed) = Default::default();
+        let slow = Arc::new(Slow { inner, computed, begun, go, syncs, broken });
         let size = 65536.into();
         let hdr = ArenaHdr { magic: ARENA_MAGIC, version: 1.into(), size, ..Default::default() };
         let arena = Arena::create(&dir.join("arena"), &hdr).unwrap();
@@ -678,7 +668,7 @@ mod tests {
     }
 
     #[test]
-    fn write_back_that_keeps_up_computes_where_it_is_offered_a_seat_in_bulk_else_goes_to_memory() {
+    fn write_back_computes_where_it_is_offered_a_seat_and_in_bulk_while_it_keeps_up() {
         let dir = tempfile::tempdir().unwrap();
         let (target, slow, has_begun, tell) = target(dir.path());
         let (before, allowed) = two();
@@ -703,7 +693,6 @@ mod tests {
         let mut expected = vec![(1, libc::SCHED_BATCH); 13];
         expected.push((allowed.count(), libc::SCHED_OTHER));
         assert_eq!(*slow.computed.lock().unwrap(), expected);
-        assert_eq!(slow.cached.load(Ordering::SeqCst), 1, "the last one");
         sched_setaffinity(None, &before).unwrap();
     }
 

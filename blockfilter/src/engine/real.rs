@@ -228,10 +228,6 @@ impl File for RealFile {
         write_vectored(&self.file, offset, parts)
     }
 
-    fn write_cached_at(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
-        write_vectored(&self.file, offset, parts)
-    }
-
     fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         if self.direct && !is_aligned(data) {
             self.write_all_at(offset, data)?;
