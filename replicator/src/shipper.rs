@@ -153,14 +153,14 @@ impl Shipper {
         let mut backoff = Backoff::new(self.retry_us);
         let mut here = Backoff::new(HERE_US);
         let random = ring::rand::SystemRandom::new();
-        let mut damaged = 0;
+        let mut damage = Damage::default();
         for turn in 0_usize.. {
             if stop.load(Ordering::SeqCst) || self.targets.is_empty() {
                 break;
             }
             let target = &self.targets[turn % self.targets.len()];
             let began = self.clock.mono_us();
-            let result = self.one_session(target, damaged >= DAMAGED_TRIES, stop);
+            let result = self.one_session(target, damage.lost(), stop);
             let held = self.clock.mono_us().saturating_sub(began) > HELD_US;
             let Err(error) = result else { continue };
             if error.is_denial()
@@ -168,11 +168,9 @@ impl Shipper {
             {
                 tracing::warn!(%error, "the filter was not told that the target denies us");
             }
-            damaged = match error {
-                SessionError::Journal(ReadError::Damaged(..)) => damaged + 1,
-                _ if held => 0,
-                _ => damaged,
-            };
+            if let SessionError::Journal(ReadError::Damaged(at, _)) = error {
+                damage.met(at);
+            }
             if held {
                 backoff.worked();
                 here.worked();
@@ -197,7 +195,7 @@ impl Shipper {
     fn one_session(
         &self,
         target: &str,
-        journal_lost: bool,
+        journal_lost: Option<Lsn>,
         stop: &AtomicBool,
     ) -> Result<(), SessionError> {
         let mut channel =
@@ -270,6 +268,23 @@ impl Shipper {
     }
 }
 
+/// The newest damage in the journal, and how many sessions it ended. Other trouble in
+/// between, of the network say, takes nothing of that back. (pure)
+#[derive(Debug, Default)]
+struct Damage(Option<(Lsn, u32)>);
+
+impl Damage {
+    fn met(&mut self, at: Lsn) {
+        let before = self.0.filter(|(lsn, _)| *lsn == at).map_or(0, |(_, sessions)| sessions);
+        self.0 = Some((at, before.saturating_add(1)));
+    }
+
+    /// Where the journal is given up for a full copy.
+    fn lost(&self) -> Option<Lsn> {
+        self.0.filter(|(_, sessions)| *sessions >= DAMAGED_TRIES).map(|(lsn, _)| lsn)
+    }
+}
+
 /// First wait after a failure, microseconds.
 pub const RETRY_US: u64 = 1_000_000;
 /// The same if it is the filter that is not there.
@@ -280,3 +295,17 @@ const HELD_US: u64 = 5_000_000;
 const PAUSE_STEP_US: u64 = 50_000;
 /// Sessions that found the journal damaged before it is given up for a full copy.
 const DAMAGED_TRIES: u32 = 3;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_journal_is_given_up_where_three_sessions_met_the_same_damage() {
+        let mut damage = Damage::default();
+        for (at, lost) in [(8, None), (4, None), (4, None), (4, Some(4)), (4, Some(4)), (8, None)] {
+            damage.met(Lsn(at));
+            assert_eq!(damage.lost(), lost.map(Lsn));
+        }
+    }
+}

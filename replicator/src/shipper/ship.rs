@@ -50,7 +50,8 @@ struct Session<'a> {
     feed: Feed,
     wake: Arc<Waker>,
     journal: Ahead,
-    /// Why nothing more can be read: told once what was read before it is sent.
+    /// Why nothing more can be read. Told once the epoch under way is sent; damage only when the target
+    /// holds everything before it.
     unreadable: Option<ReadError>,
     builder: Builder,
     epoch: Option<Epoch>,
@@ -84,7 +85,7 @@ struct Session<'a> {
 pub(super) fn session(
     shipper: &Shipper,
     channel: &mut Channel,
-    journal_lost: bool,
+    journal_lost: Option<Lsn>,
     stop: &AtomicBool,
 ) -> Result<(), SessionError> {
     let wake = Arc::new(Waker::new().map_err(SessionError::Filter)?);
@@ -102,7 +103,7 @@ pub(super) fn session(
         match journal.read(from, positions.durable, 4096) {
             Ok(_) => {}
             Err(ReadError::Gone(_)) => start = seed_again(&ack, "the journal no longer holds it"),
-            Err(ReadError::Damaged(..)) if journal_lost => {
+            Err(ReadError::Damaged(at, _)) if journal_lost == Some(at) => {
                 start = seed_again(&ack, "the journal is damaged");
             }
             Err(error) => return Err(error.into()),
@@ -362,7 +363,10 @@ impl Session<'_> {
             match self.journal.read(from, durable) {
                 Ok(Some((batches, next))) => self.builder.push(batches, next, now)?,
                 Ok(None) => break,
-                Err(error) => self.unreadable = Some(error),
+                Err(error) => {
+                    tracing::warn!(group = %self.shipper.group.group, %error, "reading the journal");
+                    self.unreadable = Some(error);
+                }
             }
         }
         if self.epoch.is_none() && self.window_bytes < WINDOW_BYTES {
