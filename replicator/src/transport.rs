@@ -204,7 +204,7 @@ impl Channel {
         };
         if channel.is_local() {
             // Within a machine there is nothing to probe for, and the timers by which BBR paces cost a
-            // quarter of the sender's time. Only a matter of speed.
+            // fifth of the sender's time. Only a matter of speed.
             let _ = rustix::net::sockopt::set_tcp_congestion(&channel.socket, "reno");
         }
         channel.handshake(timeout)?;
