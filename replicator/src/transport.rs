@@ -609,6 +609,15 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn within_a_machine_nothing_is_probed_for() {
+        let (server, client) = mutual();
+        for channel in [server, client] {
+            let control = rustix::net::sockopt::tcp_congestion(&channel.socket).unwrap();
+            assert_eq!(control, "reno");
+        }
+    }
+
+    #[test]
     fn two_sides_that_both_send_much_do_not_block_each_other() {
         let (mut server, mut client) = mutual();
         let exchange = |channel: &mut Channel| {
