@@ -258,10 +258,11 @@ impl Epoch {
             done: false,
         };
         let mut covered = Covered::default();
+        let mut alone = alone(batches)?;
         for batch in batches.iter().rev() {
             for desc in batch.descs()?.iter().rev() {
                 epoch.raw_bytes += u64::from(desc.payload_len());
-                if covered.keeps(desc) {
+                if alone.pop() == Some(true) || covered.keeps(desc) {
                     epoch.records.push(sent(batch, desc)?);
                 }
             }
@@ -382,6 +383,33 @@ pub fn is_zero(data: &[u8]) -> bool {
 
 fn clamp_label(wall_us: u64, before_us: u64) -> u64 {
     if wall_us < before_us && before_us - wall_us <= STEP_BACK_US { before_us } else { wall_us }
+}
+
+/// Of each record in order, whether no other of the epoch touches any of its bytes: it is kept, and
+/// covers nothing. Sorting tells it for less than a [`Covered`] of all of them takes.
+fn alone(batches: &[Batch]) -> Result<Vec<bool>, EpochError> {
+    let mut ranges = Vec::new();
+    let mut count = 0;
+    for batch in batches {
+        for desc in batch.descs()? {
+            let (start, end) = (desc.offset.get(), desc.end());
+            let data = matches!(desc.rec_op(), Some(RecOp::Write | RecOp::Zero | RecOp::Trim));
+            if data && start < end {
+                ranges.push((desc.disk, start, end, count));
+            }
+            count += 1;
+        }
+    }
+    ranges.sort_unstable();
+    let mut alone = vec![false; count];
+    let mut reached = (0, 0);
+    for (index, &(disk, start, end, record)) in ranges.iter().enumerate() {
+        let next = ranges.get(index + 1);
+        let meets = next.is_some_and(|&(other, from, ..)| other == disk && from < end);
+        alone[record] = !meets && (disk, start) >= reached;
+        reached = reached.max((disk, end));
+    }
+    Ok(alone)
 }
 
 /// What later records of the epoch overwrite, per disk: start to end.

@@ -159,7 +159,7 @@ impl JournalReader {
             arena.read_exact_at(RING_AT + at % self.arena_bytes, buf)?;
             Ok(floor(arena.as_ref())? <= at)
         };
-        let found = collect(self.geometry, self.id, at, want, out, &mut read);
+        let found = collect(self.geometry, self.id, (at, want, ARENA_PIECE), out, &mut read);
         match found {
             Ok(Collected::Some(batches, next)) => Ok(Some((batches, next))),
             Ok(Collected::Missing | Collected::Bad(_)) | Err(_) => {
@@ -213,7 +213,8 @@ impl JournalReader {
                         journal.read_exact_at(base + at % chunk, buf)?;
                         Ok(true)
                     };
-                    match collect(self.geometry, self.id, at, want, out, &mut read)? {
+                    let all = (at, want, want as usize);
+                    match collect(self.geometry, self.id, all, out, &mut read)? {
                         Collected::Some(batches, next) => return Ok((batches, next)),
                         Collected::Missing => None,
                         Collected::Bad(why) => Some(why),
@@ -243,55 +244,167 @@ enum Collected {
     Bad(&'static str),
 }
 
-/// Reads `[at, at + want)` and takes the whole, valid batches at its start.
+/// Reads `[at, at + want)` by about `piece` bytes, and takes the whole, valid batches at its start.
+/// What was read is checked while the processor has it: by pieces, if reading costs no more for that.
 fn collect(
     geometry: ChunkGeometry,
     id: u64,
-    at: u64,
-    want: u64,
+    (at, want, piece): (u64, u64, usize),
     out: &mut Vec<u8>,
     read: &mut dyn FnMut(u64, &mut [u8]) -> io::Result<bool>,
 ) -> io::Result<Collected> {
-    out.resize(want as usize, 0);
-    if !read(at, out)? {
-        return Ok(Collected::Missing);
-    }
+    let want = want as usize;
+    out.clear();
+    let mut fill = |out: &mut Vec<u8>, to: usize| {
+        let have = out.len();
+        out.resize(to, 0);
+        read(at + have as u64, &mut out[have..])
+    };
     let mut batches: Vec<BatchRef> = Vec::new();
     let mut place = 0;
-    while place < out.len() {
+    while place < want {
+        if place + PAGE as usize > out.len() && !fill(out, want.min(place + piece))? {
+            return Ok(taken(geometry, at, batches, place).unwrap_or(Collected::Missing));
+        }
         let lsn = at + place as u64;
         let parsed = parse_batch(&out[place..]).filter(|(hdr, _)| {
             let end = lsn + u64::from(hdr.total_len.get());
             hdr.lsn.get() == lsn && hdr.journal_id.get() == id && end <= geometry.chunk_end(lsn)
         });
         let Some((hdr, descs)) = parsed else {
-            if batches.is_empty() {
-                return Ok(Collected::Bad("a batch's header is not valid"));
-            }
-            break;
+            let bad = Collected::Bad("a batch's header is not valid");
+            return Ok(taken(geometry, at, batches, place).unwrap_or(bad));
         };
-        let total = hdr.total_len.get() as usize;
+        let end = place + hdr.total_len.get() as usize;
         if hdr.flags & BATCH_PAD != 0 {
-            let next = geometry.normal(lsn + total as u64);
-            return Ok(Collected::Some(batches, next));
+            return Ok(Collected::Some(batches, geometry.normal(at + end as u64)));
         }
-        if place + total > out.len() {
-            if !batches.is_empty() {
-                break;
-            }
-            out.resize(total, 0);
-            if !read(at, out)? {
-                return Ok(Collected::Missing);
-            }
-        }
-        if !payloads_ok(&hdr, &descs, &out[place..place + total]) {
-            if batches.is_empty() {
-                return Ok(Collected::Bad("a record's checksum does not match"));
-            }
+        if end > want && !batches.is_empty() {
             break;
         }
-        batches.push(BatchRef { hdr, bytes: place..place + total });
-        place += total;
+        if end > out.len() && !fill(out, end.max(want.min(out.len() + piece)))? {
+            return Ok(taken(geometry, at, batches, place).unwrap_or(Collected::Missing));
+        }
+        if !payloads_ok(&hdr, &descs, &out[place..end]) {
+            let bad = Collected::Bad("a record's checksum does not match");
+            return Ok(taken(geometry, at, batches, place).unwrap_or(bad));
+        }
+        batches.push(BatchRef { hdr, bytes: place..end });
+        place = end;
     }
     Ok(Collected::Some(batches, geometry.normal(at + place as u64)))
+}
+
+/// What was collected before `place`, if there is any.
+fn taken(
+    geometry: ChunkGeometry,
+    at: u64,
+    batches: Vec<BatchRef>,
+    place: usize,
+) -> Option<Collected> {
+    let next = geometry.normal(at + place as u64);
+    (!batches.is_empty()).then_some(Collected::Some(batches, next))
+}
+
+/// Bytes of the arena that are read, then checked: they fit in a processor's own cache with what
+/// they are read from.
+const ARENA_PIECE: usize = 256 << 10;
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+    use super::super::batch::finish_batch;
+    use super::super::format::RecOp;
+    use super::*;
+    use crate::crc32c;
+
+    const GEOMETRY: ChunkGeometry = ChunkGeometry { chunk: 1 << 20, slots: 2 };
+    const PAGES: usize = PAGE as usize;
+
+    /// A batch of one record, with so many pages in all.
+    fn batch(lsn: u64, pages: usize, flags: u8) -> Vec<u8> {
+        let mut bytes = vec![lsn as u8; pages * PAGES];
+        let payload = &bytes[PAGES..];
+        let desc = RecDesc {
+            op: RecOp::Write as u8,
+            len: (payload.len() as u32).into(),
+            lsn: lsn.into(),
+            payload_off: (PAGE as u32).into(),
+            crc: crc32c::crc32c(payload).into(),
+            ..Default::default()
+        };
+        let descs = &[desc][..usize::from(flags & BATCH_PAD == 0)];
+        let total_len = (bytes.len() as u32).into();
+        let mut hdr = BatchHdr { flags, lsn: lsn.into(), total_len, ..Default::default() };
+        finish_batch(&mut hdr, descs);
+        bytes[..size_of::<BatchHdr>()].copy_from_slice(hdr.as_bytes());
+        bytes[size_of::<BatchHdr>()..][..descs.as_bytes().len()].copy_from_slice(descs.as_bytes());
+        bytes
+    }
+
+    /// What is found of `stream` from `PAGE` on, reading by `piece`: batches, and the end. Whoever
+    /// reads from `gone` on is told that it is no more there.
+    fn found(stream: &[u8], want: usize, piece: usize, gone: u64) -> Option<(Vec<BatchRef>, u64)> {
+        let mut out = vec![7; 3];
+        let mut read_to = PAGE;
+        let mut read = |at: u64, buf: &mut [u8]| {
+            assert_eq!(at, read_to, "everything is read once");
+            read_to += buf.len() as u64;
+            buf.copy_from_slice(&stream[at as usize - PAGES..][..buf.len()]);
+            Ok(at < gone)
+        };
+        match collect(GEOMETRY, 0, (PAGE, want as u64, piece), &mut out, &mut read).unwrap() {
+            Collected::Some(batches, next) => {
+                for batch in &batches {
+                    let at = batch.hdr.lsn.get() as usize - PAGES;
+                    assert_eq!(out[batch.bytes.clone()], stream[at..at + batch.bytes.len()]);
+                }
+                Some((batches, next))
+            }
+            Collected::Missing | Collected::Bad(_) => None,
+        }
+    }
+
+    fn stream(pages: &[usize]) -> Vec<u8> {
+        pages.iter().fold(Vec::new(), |mut stream, pages| {
+            let lsn = PAGE + stream.len() as u64;
+            stream.extend(batch(lsn, *pages, 0));
+            stream
+        })
+    }
+
+    #[test]
+    fn by_pieces_is_read_what_is_read_at_once() {
+        let mut stream = stream(&[3, 2, 9, 2, 4]);
+        let pad = batch(PAGE + stream.len() as u64, 6, BATCH_PAD);
+        stream.extend(pad);
+        for want in (1..=stream.len() / PAGES).map(|pages| pages * PAGES) {
+            let (all, end) = found(&stream, want, want, u64::MAX).unwrap();
+            assert!(!all.is_empty(), "one at least, however little is wanted");
+            for piece in (1..12).map(|pages| pages * PAGES) {
+                let (batches, next) = found(&stream, want, piece, u64::MAX).unwrap();
+                assert_eq!((batches.len(), next), (all.len(), end), "{want} by {piece}");
+            }
+        }
+        assert_eq!(found(&stream, stream.len(), PAGES, u64::MAX).unwrap().0.len(), 5);
+    }
+
+    #[test]
+    fn what_was_read_before_a_piece_that_is_gone_or_damaged_counts() {
+        let mut stream = stream(&[3, 2, 9, 2]);
+        let third = PAGE * 6;
+        let whole = |found: Option<(Vec<BatchRef>, u64)>| found.map(|(b, next)| (b.len(), next));
+        let by_pages = |stream: &[u8], gone| whole(found(stream, stream.len(), PAGES, gone));
+        assert_eq!(by_pages(&stream, third), Some((2, third)));
+        assert_eq!(by_pages(&stream, third + PAGE), Some((2, third)));
+        assert_eq!(by_pages(&stream, PAGE), None);
+        assert_eq!(by_pages(&stream, 2 * PAGE), None);
+        stream[7 * PAGES] ^= 1;
+        assert_eq!(by_pages(&stream, u64::MAX), Some((2, third)));
+        stream[5 * PAGES] ^= 1;
+        assert_eq!(by_pages(&stream, u64::MAX), Some((2, third)));
+        stream[PAGES] ^= 1;
+        assert_eq!(by_pages(&stream, u64::MAX), None);
+    }
 }

@@ -196,6 +196,31 @@ proptest! {
     }
 }
 
+proptest! {
+    /// Going back, a record is dropped if and only if every sector of it was seen already.
+    #[test]
+    fn dropped_is_exactly_what_later_records_overwrite(ops in prop::collection::vec(op(), 1..30)) {
+        let ops: Vec<Op> =
+            ops.into_iter().filter(|op| matches!(op, Op::Write { .. } | Op::Zero { .. })).collect();
+        let mut seen = [[false; SECTORS]; 2];
+        let mut kept = Vec::new();
+        for (lsn, op) in ops.iter().enumerate().rev() {
+            if let Op::Write { disk, at, len, .. } | Op::Zero { disk, at, len } = *op {
+                let range = &mut seen[usize::from(disk)][at..at + len];
+                if range.contains(&false) {
+                    kept.insert(0, lsn as u64);
+                }
+                range.fill(true);
+            }
+        }
+        let mut epoch = one_epoch(&ops);
+        let frames = frames(&mut epoch, 1 << 20);
+        let sent: Vec<u64> =
+            frames.iter().flat_map(FrameBuf::descs).map(|desc| desc.lsn.get()).collect();
+        prop_assert_eq!(sent, kept);
+    }
+}
+
 fn write(at: usize, len: usize, fill: u8) -> Op {
     Op::Write { disk: 0, at, len, fill }
 }
