@@ -125,10 +125,11 @@ fn mirror(files: &Files<'_>, socket: &Path, copy_mode: &str) -> Result<Running> 
     command.args(["--blockdev", &format!("driver=file,node-name=src,filename={image}")]);
     let to = format!("driver=nbd,node-name=dst,server.type=unix,server.path={}", copy.display());
     command.args(["--blockdev", &to]);
-    command.args(["--nbd-server", &format!("addr.type=unix,addr.path={}", socket.display())]);
-    command.args(["--export", "type=nbd,id=e,node-name=src,name=,writable=on"]);
+    // In order: with the NBD server's socket, the monitor's is there too.
     command.args(["--chardev", &format!("socket,id=q,path={},server=on,wait=off", qmp.display())]);
     command.args(["--monitor", "chardev=q"]);
+    command.args(["--nbd-server", &format!("addr.type=unix,addr.path={}", socket.display())]);
+    command.args(["--export", "type=nbd,id=e,node-name=src,name=,writable=on"]);
     let daemon = serve(&mut command, socket, files.folder)?;
     let mut monitor = Monitor::open(&qmp)?;
     // Both images are equal, so nothing need be copied before the mirror is ready.

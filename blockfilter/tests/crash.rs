@@ -240,6 +240,39 @@ fn damage_inside_the_durable_journal_is_refused() {
     assert!(error.contains("damaged"), "{error}");
 }
 
+/// A sector that the device has lost is damage at its batch; the batches before it are read.
+#[test]
+fn a_lost_sector_of_the_journal_is_damage_where_it_is_and_not_before() {
+    let files = SimFiles::new();
+    let site = site(Path::new("/"), 6);
+    site.create(&files);
+    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
+    let mut model = Model::new();
+    for i in 0..4u64 {
+        let data = vec![i as u8 + 1; 4096];
+        let act = Act::Write { disk: 0, offset: i * 4096, data, fua: true };
+        carry_out(&mut volume, &mut model, &site.clock, &act);
+    }
+    let durable = volume.positions().durable;
+    // The arena is not among these files.
+    let mut reader = JournalReader::open_in(Arc::new(files.clone()), &site.config).unwrap();
+    let mut read = |from| reader.read(from, durable, 1 << 20, &mut Vec::new());
+    let first = Lsn(journal::format::PAGE);
+    let (all, end) = read(first).unwrap();
+    assert_eq!((all.len(), end), (4, durable));
+    let third = all[2].hdr.lsn.get();
+    for page in [0, journal::format::PAGE] {
+        let at = journal::format::SLOTS_AT + third + page;
+        files.fail_reads(Path::new("/journal"), at..at + 1);
+        let (before, next) = read(first).unwrap();
+        assert_eq!((before.len(), next), (2, Lsn(third)));
+        let error = read(next).unwrap_err();
+        assert!(matches!(error, ReadError::Damaged(at, _) if at == next), "{error}");
+        files.heal();
+    }
+    assert_eq!(read(first).unwrap().0.len(), 4);
+}
+
 /// A client that flushes after every two writes finds its commit done from the fifth time
 /// on; one that writes on is not committed early again.
 #[test]

@@ -205,21 +205,11 @@ impl JournalReader {
             let slot = self.chunks.get(&self.geometry.chunk_of(at)).copied();
             let problem = match slot {
                 None => None,
-                Some(slot) => {
-                    let base = self.geometry.slot_at(slot);
-                    let chunk = self.geometry.chunk;
-                    let journal = self.journal.clone();
-                    let mut read = |at: u64, buf: &mut [u8]| {
-                        journal.read_exact_at(base + at % chunk, buf)?;
-                        Ok(true)
-                    };
-                    let all = (at, want, want as usize);
-                    match collect(self.geometry, self.id, all, out, &mut read)? {
-                        Collected::Some(batches, next) => return Ok((batches, next)),
-                        Collected::Missing => None,
-                        Collected::Bad(why) => Some(why),
-                    }
-                }
+                Some(slot) => match self.read_slot(slot, at, want, out)? {
+                    Collected::Some(batches, next) => return Ok((batches, next)),
+                    Collected::Missing => None,
+                    Collected::Bad(why) => Some(why),
+                },
             };
             if refreshed {
                 return Err(match problem {
@@ -232,10 +222,40 @@ impl JournalReader {
         }
     }
 
+    /// From the slot that holds `at`. A sector that its device has lost is damage like any other, and
+    /// what is before it is not.
+    fn read_slot(&self, slot: u32, at: u64, want: u64, out: &mut Vec<u8>) -> io::Result<Collected> {
+        let (base, chunk) = (self.geometry.slot_at(slot), self.geometry.chunk);
+        let mut read = |at: u64, buf: &mut [u8]| {
+            self.journal.read_exact_at(base + at % chunk, buf)?;
+            Ok(true)
+        };
+        match collect(self.geometry, self.id, (at, want, want as usize), out, &mut read) {
+            Err(error) if is_lost(&error) => {}
+            found => return found,
+        }
+        let mut read_or_lost = |at: u64, buf: &mut [u8]| match read(at, buf) {
+            Err(error) if is_lost(&error) => Ok(false),
+            done => done,
+        };
+        let by_pages = (at, want, PAGE as usize);
+        Ok(match collect(self.geometry, self.id, by_pages, out, &mut read_or_lost)? {
+            Collected::Missing => Collected::Bad("a sector cannot be read"),
+            found => found,
+        })
+    }
+
     fn find_chunks(&mut self) -> io::Result<()> {
         self.chunks = read_chunks(self.journal.as_ref(), &self.sup, 0)?;
         Ok(())
     }
+}
+
+/// Whether a device says of what is to be read that it cannot, and not that something else failed.
+fn is_lost(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let code = error.raw_os_error().map(Errno::from_raw_os_error);
+    code.is_some_and(|code| [Errno::IO, Errno::NODATA, Errno::ILSEQ, Errno::BADMSG].contains(&code))
 }
 
 enum Collected {
