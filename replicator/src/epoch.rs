@@ -412,7 +412,8 @@ fn alone(batches: &[Batch]) -> Result<Vec<bool>, EpochError> {
     Ok(alone)
 }
 
-/// What later records of the epoch overwrite, per disk: start to end.
+/// What later records of the epoch overwrite, per disk: start to end. Those that are [`alone`] may be
+/// missing: they cover nothing else.
 #[derive(Debug, Default)]
 struct Covered {
     ranges: BTreeMap<(u8, u64), u64>,

@@ -107,7 +107,7 @@ impl JournalReader {
 
     /// Reads whole batches from position `from` (a batch's start, or a chunk's
     /// start) up to at most `durable`, at most about `max` bytes but at least one
-    /// batch, into `out` (its content is replaced). PAD batches are skipped. Returns the
+    /// batch, into `out` (what was in it is over; it may be longer than what is read). PAD batches are skipped. Returns the
     /// batches in order and the position behind the last one (behind any pad).
     /// Headers and payload CRCs are checked.
     pub fn read(
@@ -222,8 +222,9 @@ impl JournalReader {
         }
     }
 
-    /// From the slot that holds `at`. A sector that its device has lost is damage like any other, and
-    /// what is before it is not.
+    /// From the slot that holds `at`. A sector that cannot be read is damage like any other, and
+    /// what is before it is not. Should it only be so for a while, several sessions have to find it
+    /// at the same place before anything follows from it.
     fn read_slot(&self, slot: u32, at: u64, want: u64, out: &mut Vec<u8>) -> io::Result<Collected> {
         let (base, chunk) = (self.geometry.slot_at(slot), self.geometry.chunk);
         let mut read = |at: u64, buf: &mut [u8]| {
@@ -231,7 +232,9 @@ impl JournalReader {
             Ok(true)
         };
         match collect(self.geometry, self.id, (at, want, want as usize), out, &mut read) {
-            Err(error) if is_lost(&error) => {}
+            Err(error) if is_lost(&error) => {
+                tracing::warn!(%error, at, "reading the journal, now by pages");
+            }
             found => return found,
         }
         let mut read_or_lost = |at: u64, buf: &mut [u8]| match read(at, buf) {
@@ -251,7 +254,7 @@ impl JournalReader {
     }
 }
 
-/// Whether a device says of what is to be read that it cannot, and not that something else failed.
+/// Whether the device, or what is in front of it, cannot read this.
 fn is_lost(error: &io::Error) -> bool {
     use rustix::io::Errno;
     let code = error.raw_os_error().map(Errno::from_raw_os_error);
@@ -274,20 +277,22 @@ fn collect(
     read: &mut dyn FnMut(u64, &mut [u8]) -> io::Result<bool>,
 ) -> io::Result<Collected> {
     let want = want as usize;
-    out.clear();
-    let mut fill = |out: &mut Vec<u8>, to: usize| {
-        let have = out.len();
-        out.resize(to, 0);
-        read(at + have as u64, &mut out[have..])
+    // What is behind is from an earlier read.
+    let mut filled = 0;
+    let mut fill = |out: &mut Vec<u8>, filled: &mut usize, to: usize| {
+        let from = std::mem::replace(filled, to);
+        out.resize(out.len().max(to), 0);
+        read(at + from as u64, &mut out[from..to])
     };
     let mut batches: Vec<BatchRef> = Vec::new();
     let mut place = 0;
     while place < want {
-        if place + PAGE as usize > out.len() && !fill(out, want.min(place + piece))? {
+        let next = want.min(place + piece);
+        if place + PAGE as usize > filled && !fill(out, &mut filled, next)? {
             return Ok(taken(geometry, at, batches, place).unwrap_or(Collected::Missing));
         }
         let lsn = at + place as u64;
-        let parsed = parse_batch(&out[place..]).filter(|(hdr, _)| {
+        let parsed = parse_batch(&out[place..filled]).filter(|(hdr, _)| {
             let end = lsn + u64::from(hdr.total_len.get());
             hdr.lsn.get() == lsn && hdr.journal_id.get() == id && end <= geometry.chunk_end(lsn)
         });
@@ -302,7 +307,8 @@ fn collect(
         if end > want && !batches.is_empty() {
             break;
         }
-        if end > out.len() && !fill(out, end.max(want.min(out.len() + piece)))? {
+        let next = end.max(want.min(filled + piece));
+        if end > filled && !fill(out, &mut filled, next)? {
             return Ok(taken(geometry, at, batches, place).unwrap_or(Collected::Missing));
         }
         if !payloads_ok(&hdr, &descs, &out[place..end]) {
