@@ -219,9 +219,8 @@ fn a_full_journal_freezes_durably_and_blocks_no_write() {
     assert_eq!(volume.positions().ship_floor, Lsn(s));
 }
 
-/// Protocol-aware recovery: damage to what was durable is refused, never cut off.
-#[test]
-fn damage_inside_the_durable_journal_is_refused() {
+/// A group whose journal holds four batches, each a page of header and one of a record.
+fn with_four_batches() -> (SimFiles, Site, Volume) {
     let files = SimFiles::new();
     let site = site(Path::new("/"), 6);
     site.create(&files);
@@ -232,6 +231,13 @@ fn damage_inside_the_durable_journal_is_refused() {
         let act = Act::Write { disk: 0, offset: i * 4096, data, fua: true };
         carry_out(&mut volume, &mut model, &site.clock, &act);
     }
+    (files, site, volume)
+}
+
+/// Protocol-aware recovery: damage to what was durable is refused, never cut off.
+#[test]
+fn damage_inside_the_durable_journal_is_refused() {
+    let (files, site, volume) = with_four_batches();
     drop(volume);
     site.lose_memory();
     let first_payload = journal::format::SLOTS_AT + 4096 + 4096 + 100;
@@ -243,16 +249,7 @@ fn damage_inside_the_durable_journal_is_refused() {
 /// A sector that the device has lost is damage at its batch; the batches before it are read.
 #[test]
 fn a_lost_sector_of_the_journal_is_damage_where_it_is_and_not_before() {
-    let files = SimFiles::new();
-    let site = site(Path::new("/"), 6);
-    site.create(&files);
-    let mut volume = site.open(Arc::new(files.clone()), "inline").unwrap();
-    let mut model = Model::new();
-    for i in 0..4u64 {
-        let data = vec![i as u8 + 1; 4096];
-        let act = Act::Write { disk: 0, offset: i * 4096, data, fua: true };
-        carry_out(&mut volume, &mut model, &site.clock, &act);
-    }
+    let (files, site, volume) = with_four_batches();
     let durable = volume.positions().durable;
     // The arena is not among these files.
     let mut reader = JournalReader::open_in(Arc::new(files.clone()), &site.config).unwrap();
