@@ -2,8 +2,8 @@
 //! arena while they are there, else from the chunk file. Read-only; may be
 //! killed at any time; never blocks the filter and takes no lock.
 //!
-//! The arena is read with `pread`, then its floor is looked at again: if it is still
-//! at or below what was read, nothing was overwritten meanwhile (ruling 12). Every batch
+//! The arena is read with `pread`, by pieces, and its floor is looked at again after each: if it is
+//! still at or below what was read, nothing of that was overwritten meanwhile (ruling 12). Every batch
 //! is checked (place, header CRC, payload CRCs) whichever way it came (I10).
 
 use std::collections::BTreeMap;
@@ -107,8 +107,9 @@ impl JournalReader {
 
     /// Reads whole batches from position `from` (a batch's start, or a chunk's
     /// start) up to at most `durable`, at most about `max` bytes but at least one
-    /// batch, into `out` (what was in it is over; it may be longer than what is read). PAD batches are skipped. Returns the
-    /// batches in order and the position behind the last one (behind any pad).
+    /// batch, into `out` (what was in it is over; it may be longer than what is read). PAD
+    /// batches are skipped. Returns the batches in order and the position behind the last one
+    /// (behind any pad).
     /// Headers and payload CRCs are checked.
     pub fn read(
         &mut self,
