@@ -4,8 +4,6 @@
 //! instructions whose presence it does not check, while `crc32c` makes use of SSE 4.2 and of the CRC
 //! extension alone.
 
-use std::sync::LazyLock;
-
 use crc_fast::{CrcAlgorithm, Digest};
 
 const CRC: CrcAlgorithm = CrcAlgorithm::Crc32Iscsi;
@@ -29,28 +27,6 @@ pub fn crc32c_append(crc: u32, data: &[u8]) -> u32 {
     digest.update(data);
     digest.finalize() as u32
 }
-
-/// Of something whose checksum is `crc`, and behind it so many blocks of [`BLOCK`] bytes whose
-/// checksum together is `next`: from the two alone.
-pub fn crc32c_join(crc: u32, next: u32, blocks: usize) -> u32 {
-    (0..blocks).fold(crc, |crc, _| behind_block(crc)) ^ next
-}
-
-/// What a checksum becomes by a block whose own is 0. That is linear, so it is the sum of what its four
-/// bytes become, and tables of those take a fiftieth of the time that computing it each time does.
-fn behind_block(crc: u32) -> u32 {
-    static TABLES: LazyLock<[[u32; 256]; 4]> = LazyLock::new(|| {
-        let bits: [u32; 32] =
-            std::array::from_fn(|bit| ::crc32c::crc32c_combine(1 << bit, 0, BLOCK));
-        let of = |crc: usize| (0..32).filter(|bit| crc >> bit & 1 == 1).fold(0, |a, b| a ^ bits[b]);
-        std::array::from_fn(|byte| std::array::from_fn(|value| of(value << (8 * byte))))
-    });
-    let tables = &*TABLES;
-    crc.to_le_bytes().iter().zip(tables).fold(0, |sum, (byte, of)| sum ^ of[usize::from(*byte)])
-}
-
-/// Bytes that [`crc32c_join`] counts by.
-pub const BLOCK: usize = 4096;
 
 #[cfg(target_arch = "x86_64")]
 fn is_wide() -> bool {
@@ -85,15 +61,6 @@ mod tests {
             let (begin, end) = data.split_at(at);
             prop_assert_eq!(crc32c(&data), crc);
             prop_assert_eq!(crc32c_append(crc32c(begin), end), crc);
-        }
-
-        #[test]
-        fn sums_are_joined_as_what_they_are_of(
-            data in proptest::collection::vec(any::<u8>(), 0..20_000), blocks in 0..5_usize,
-        ) {
-            let blocks = blocks.min(data.len() / BLOCK);
-            let (begin, end) = data.split_at(data.len() - blocks * BLOCK);
-            prop_assert_eq!(crc32c_join(crc32c(begin), crc32c(end), blocks), crc32c(&data));
         }
     }
 }

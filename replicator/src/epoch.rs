@@ -3,7 +3,7 @@
 //! Owns where epochs end and what may be dropped inside one. Holds: an epoch is
 //! whole batches of one incarnation and generation, nothing follows a mark
 //! in its epoch; a record is dropped only if all of it is overwritten later in
-//! the same epoch (and part, where it is sent by parts), so the state at every epoch's end is exactly the source's
+//! the same epoch, so the state at every epoch's end is exactly the source's
 //! prefix; positions have no gap from epoch to epoch. Labels follow the source's
 //! clock; a step back of up to five minutes is held back (ruling 19). Before it:
 //! the journal's reader. After it: codec and channel.
@@ -78,9 +78,6 @@ pub struct Limits {
     pub behind_us: u64,
     /// Most bytes of batches.
     pub bytes: usize,
-    /// Bytes of batches that are handed out before their epoch ends, as a part of it, once more of it
-    /// follows: they are sent while the processor still has them. What a later part overwrites is sent, too.
-    pub part_bytes: usize,
     /// The journal's chunk size in bytes.
     pub chunk_bytes: u64,
 }
@@ -92,7 +89,6 @@ impl Default for Limits {
             max_us: 100_000,
             behind_us: 1_000_000,
             bytes: 32 << 20,
-            part_bytes: usize::MAX,
             chunk_bytes: 64 << 20,
         }
     }
@@ -106,12 +102,9 @@ pub struct Builder {
     closed: u64,
     /// Position behind the last batch and any padding.
     reached: u64,
-    /// Batches of the epoch that is open, and are not in a part of it.
     open: Vec<Batch>,
     open_bytes: usize,
     open_since: Option<u64>,
-    /// End of the open epoch's last part, bytes in its parts, and when its first batch was made.
-    parted: Option<(u64, usize, u64)>,
     ready: VecDeque<Epoch>,
     label_us: u64,
 }
@@ -126,7 +119,6 @@ impl Builder {
             open: Vec::new(),
             open_bytes: 0,
             open_since: None,
-            parted: None,
             ready: VecDeque::new(),
             label_us: 0,
         }
@@ -151,8 +143,6 @@ impl Builder {
             }
             if self.must_close_before(&batch) {
                 self.close(None)?;
-            } else if self.open_bytes >= self.limits.part_bytes {
-                self.part()?;
             }
             self.reached = batch.end(self.limits.chunk_bytes);
             self.open_bytes += batch.bytes.len();
@@ -174,14 +164,13 @@ impl Builder {
         let (Some(first), Some(last)) = (self.open.first(), self.open.last()) else {
             return false;
         };
-        let (_, parts, began) = self.parted.unwrap_or((0, 0, first.hdr.mono_us.get()));
-        let span = batch.hdr.mono_us.get().saturating_sub(began);
+        let span = batch.hdr.mono_us.get().saturating_sub(first.hdr.mono_us.get());
         !last.same_writer(batch)
             || span > self.limits.behind_us
-            || parts + self.open_bytes + batch.bytes.len() > self.limits.bytes
+            || self.open_bytes + batch.bytes.len() > self.limits.bytes
     }
 
-    /// The next whole epoch, or part of one: what follows is the next one of it. `caught_up`: nothing more is durable at the source
+    /// The next whole epoch. `caught_up`: nothing more is durable at the source
     /// now, so what is open may be closed by time.
     pub fn poll(&mut self, now_us: u64, caught_up: bool) -> Result<Option<Epoch>, EpochError> {
         if self.ready.is_empty() && caught_up && self.deadline().is_some_and(|at| now_us >= at) {
@@ -197,41 +186,24 @@ impl Builder {
         Some(since + if flushed { self.limits.min_us } else { self.limits.max_us })
     }
 
-    /// Whether an epoch is complete already, or a part.
+    /// Whether an epoch is complete already.
     pub fn has_ready(&self) -> bool {
         !self.ready.is_empty()
     }
 
     fn close(&mut self, to: Option<u64>) -> Result<(), EpochError> {
-        let epoch = self.take_open(to)?;
+        let batches = std::mem::take(&mut self.open);
+        self.open_bytes = 0;
         self.open_since = None;
-        self.parted = None;
+        let end = batches.last().map_or(self.closed, |b| b.end(self.limits.chunk_bytes));
+        let to = to.unwrap_or(end);
+        let epoch = Epoch::from_batches(&batches, Lsn(self.closed), Lsn(to), self.label_us)?;
         if epoch.wall_us != 0 {
             self.label_us = epoch.wall_us;
         }
-        self.closed = epoch.to.0;
+        self.closed = to;
         self.ready.push_back(epoch);
         Ok(())
-    }
-
-    /// Hands out what is open. The epoch goes on, with one batch more at least.
-    fn part(&mut self) -> Result<(), EpochError> {
-        let began = self.open.first().map_or(0, |first| first.hdr.mono_us.get());
-        let (_, parts, began) = self.parted.unwrap_or((0, 0, began));
-        let parts = parts + self.open_bytes;
-        let part = Epoch { ends: false, ..self.take_open(None)? };
-        self.parted = Some((part.to.0, parts, began));
-        self.ready.push_back(part);
-        Ok(())
-    }
-
-    /// The open batches, from where the last part or epoch ended.
-    fn take_open(&mut self, to: Option<u64>) -> Result<Epoch, EpochError> {
-        let batches = std::mem::take(&mut self.open);
-        self.open_bytes = 0;
-        let from = self.parted.map_or(self.closed, |(end, ..)| end);
-        let end = batches.last().map_or(from, |b| b.end(self.limits.chunk_bytes));
-        Epoch::from_batches(&batches, Lsn(from), Lsn(to.unwrap_or(end)), self.label_us)
     }
 }
 
@@ -242,15 +214,13 @@ struct Sent {
     payload: Option<Piece>,
 }
 
-/// Whole batches that take effect together, or a part of those.
+/// Whole batches that take effect together.
 #[derive(Debug)]
 pub struct Epoch {
     /// Where it starts.
     pub from: Lsn,
-    /// Where it ends: a recovery point, if it ends its epoch.
+    /// Where it ends: a recovery point.
     pub to: Lsn,
-    /// Whether it is the end of its epoch, or all of it.
-    pub ends: bool,
     /// Of all its batches; 0 if it has none (only padding).
     pub incarnation: u64,
     /// Of all its batches.
@@ -278,7 +248,6 @@ impl Epoch {
         let mut epoch = Self {
             from,
             to,
-            ends: true,
             incarnation: last.map_or(0, |b| b.hdr.incarnation.get()),
             generation: last.map_or(0, |b| b.hdr.generation.get()),
             wall_us: clamp_label(last.map_or(label_us, |b| b.hdr.wall_us.get()), label_us),
@@ -334,7 +303,7 @@ impl Epoch {
         let mark = if self.mark { FRAME_MARK } else { 0 };
         let hdr = FrameHdr {
             kind: Kind::Epoch as u8,
-            flags: if self.done && self.ends { FRAME_EPOCH_END | mark } else { 0 },
+            flags: if self.done { FRAME_EPOCH_END | mark } else { 0 },
             codec: codec as u8,
             group_id: group_id.into(),
             generation: self.generation.into(),
@@ -369,11 +338,6 @@ impl Epoch {
             self.sent += 1;
         }
         (descs, raw, raw_len)
-    }
-
-    /// Whether all of it was handed out by [`Self::next_frame`].
-    pub fn is_sent(&self) -> bool {
-        self.done
     }
 
     /// Fills in the writer of an epoch that has only padding.

@@ -1,7 +1,6 @@
 //! Steps 7 and 8 of the walk of one write: from the journal to the target.
 
 mod ahead;
-mod buffers;
 pub mod codec;
 pub mod enroll;
 pub mod epoch;

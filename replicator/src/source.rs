@@ -18,7 +18,6 @@ use blockfilter::names::Lsn;
 use blockfilter::nbd::client::{Answer, Client as NbdClient, ClientConfig, Op};
 use blockfilter::nbd::listen::Address;
 
-use crate::buffers::Buffers;
 use crate::epoch::Batch;
 
 /// Connections to a group's filter; made anew after each failure.
@@ -47,8 +46,6 @@ pub trait Journal: Send {
     /// the position behind them and any padding.
     fn read(&mut self, from: Lsn, durable: Lsn, max: usize)
     -> Result<(Vec<Batch>, Lsn), ReadError>;
-    /// Nothing is to be read now: memory that has not been needed for a while is let go.
-    fn rest(&mut self) {}
 }
 
 /// Bytes of a disk.
@@ -92,9 +89,7 @@ impl Source for LocalSource {
     }
 
     fn journal(&self) -> Result<Box<dyn Journal>, ReadError> {
-        let reader = JournalReader::open(&self.config)?;
-        let (buffers, clock) = (Buffers::default(), self.clock.clone());
-        Ok(Box::new(LocalJournal { reader, buffers, clock }))
+        Ok(Box::new(LocalJournal { reader: JournalReader::open(&self.config)?, given: Vec::new() }))
     }
 
     fn disks(&self) -> io::Result<Box<dyn DiskSource>> {
@@ -173,8 +168,17 @@ impl Control for LocalControl {
 
 struct LocalJournal {
     reader: JournalReader,
-    buffers: Buffers,
-    clock: Arc<dyn Clock>,
+    /// What was handed out, the newest last: used again once nobody holds it, because new
+    /// memory of this size costs as much as the reading.
+    given: Vec<Arc<Vec<u8>>>,
+}
+
+impl LocalJournal {
+    fn buffer(&mut self) -> Vec<u8> {
+        let free = self.given.iter().position(|data| Arc::strong_count(data) == 1);
+        let free = free.and_then(|at| Arc::into_inner(self.given.remove(at)));
+        free.unwrap_or_default()
+    }
 }
 
 impl Journal for LocalJournal {
@@ -184,20 +188,28 @@ impl Journal for LocalJournal {
         durable: Lsn,
         max: usize,
     ) -> Result<(Vec<Batch>, Lsn), ReadError> {
-        let want = durable.0.saturating_sub(from.0).min(max as u64) as usize;
-        let mut data = self.buffers.take(want, self.clock.mono_us());
+        let mut data = self.buffer();
         let (batches, next) = self.reader.read(from, durable, max, &mut data)?;
-        let data = self.buffers.give(data, self.clock.mono_us());
+        let data = Arc::new(data);
+        if self.given.len() < GIVEN_MAX && data.capacity() <= GIVEN_BYTES {
+            self.given.push(data.clone());
+        }
+        if next >= durable {
+            // What was needed to catch up is not needed any more.
+            let over = self.given.len().saturating_sub(GIVEN_NEAR);
+            self.given.drain(..over);
+        }
         let batches = batches
             .into_iter()
             .map(|b| Batch { hdr: b.hdr, data: data.clone(), bytes: b.bytes })
             .collect();
         Ok((batches, next))
     }
-
-    fn rest(&mut self) {
-        self.buffers.forget(self.clock.mono_us());
-    }
 }
 
+/// Buffers kept for the next reads: as many as two epochs and a read need, fewer once the end is
+/// reached; and how large, in bytes.
+const GIVEN_MAX: usize = 20;
+const GIVEN_NEAR: usize = 8;
+const GIVEN_BYTES: usize = 8 << 20;
 const ANSWER: Duration = Duration::from_secs(10);

@@ -46,7 +46,6 @@ fn batch(lsn: u64, incarnation: u64, ops: &[Op], mono_us: u64) -> Batch {
             Op::Mark => {
                 desc.op = RecOp::Mark as u8;
                 desc.len = 3.into();
-                desc.crc = crc32c::crc32c(b"tag").into();
                 payload.extend_from_slice(b"tag");
                 flags |= BATCH_MARK;
             }
@@ -141,9 +140,8 @@ proptest! {
         plan in prop::collection::vec((prop::collection::vec(op(), 0..6), any::<bool>(), 0..40_000u64), 1..30),
         payload in 512..8192usize,
         bytes in 8192..65_536usize,
-        part_bytes in prop_oneof![Just(usize::MAX), 4096..32_768usize],
     ) {
-        let limits = Limits { bytes, part_bytes, ..Limits::default() };
+        let limits = Limits { bytes, ..Limits::default() };
         let mut builder = Builder::new(limits, Lsn(4096));
         let (mut lsn, mut incarnation, mut now) = (4096, 1, 0);
         let (mut batches, mut epochs) = (Vec::new(), Vec::new());
@@ -170,8 +168,6 @@ proptest! {
         let mut position = 4096;
         let mut next = batches.iter().peekable();
         let mut label = 0;
-        let mut parts = Vec::new();
-        prop_assert!(epochs.last().is_none_or(|last| last.ends));
         for mut epoch in epochs {
             epoch.set_writer(incarnation, 1);
             prop_assert_eq!(epoch.from.0, position);
@@ -185,23 +181,15 @@ proptest! {
                     let start = desc.payload_off.get() as usize;
                     apply(&mut target, desc, &raw[start..start + desc.payload_len() as usize]);
                 }
-                prop_assert_eq!(frame.hdr.is_epoch_end(), epoch.ends && position == epoch.to.0);
+                prop_assert_eq!(frame.hdr.is_epoch_end(), position == epoch.to.0);
             }
-            prop_assert!(epoch.is_sent());
             while let Some(batch) = next.next_if(|b| b.hdr.lsn.get() < epoch.to.0) {
                 prop_assert_eq!(batch.hdr.incarnation.get(), epoch.incarnation);
                 let mark = batch.hdr.flags & BATCH_MARK != 0;
-                prop_assert!(!mark || epoch.mark && epoch.ends && batch.end(CHUNK) == epoch.to.0);
-                parts.push((batch.hdr.incarnation.get(), batch.bytes.len()));
+                prop_assert!(!mark || epoch.mark && batch.end(CHUNK) == epoch.to.0);
                 apply_batch(&mut source, batch);
             }
             prop_assert!(source == target);
-            if epoch.ends {
-                let total: usize = parts.iter().map(|(_, len)| len).sum();
-                prop_assert!(total <= bytes || parts.len() == 1);
-                prop_assert!(parts.windows(2).all(|two| two[0].0 == two[1].0));
-                parts.clear();
-            }
         }
         prop_assert_eq!(position, lsn);
         prop_assert!(next.peek().is_none());
@@ -231,53 +219,6 @@ proptest! {
             frames.iter().flat_map(FrameBuf::descs).map(|desc| desc.lsn.get()).collect();
         prop_assert_eq!(sent, kept);
     }
-}
-
-#[test]
-fn parts_are_handed_out_while_their_epoch_is_open() {
-    let limits = Limits { part_bytes: 8192, ..Limits::default() };
-    let mut builder = Builder::new(limits, Lsn(0));
-    let push = |builder: &mut Builder, lsn: u64| {
-        let batch = batch(lsn, 1, &[write(0, 1, 1)], lsn);
-        let end = batch.end(CHUNK);
-        builder.push([batch], Lsn(end), 0).unwrap();
-        end
-    };
-    let first = push(&mut builder, 0);
-    assert!(!builder.has_ready(), "it may be the last of its epoch");
-    let second = push(&mut builder, first);
-    let part = builder.poll(0, false).unwrap().unwrap();
-    assert_eq!((part.from.0, part.to.0, part.ends), (0, first, false));
-    assert!(builder.deadline().is_some(), "the epoch goes on");
-    assert!(builder.poll(99_999, true).unwrap().is_none());
-    let end = builder.poll(100_000, true).unwrap().unwrap();
-    assert_eq!((end.from.0, end.to.0, end.ends), (first, second, true));
-    assert_eq!(builder.deadline(), None);
-    let third = push(&mut builder, second);
-    let whole = builder.poll(200_000, true).unwrap().unwrap();
-    assert_eq!((whole.from.0, whole.to.0, whole.ends), (second, third, true));
-}
-
-#[test]
-fn an_epoch_of_parts_is_as_long_as_one_without() {
-    let ends = |part_bytes| {
-        let limits = Limits { part_bytes, bytes: 40_000, behind_us: 9, ..Limits::default() };
-        let mut builder = Builder::new(limits, Lsn(0));
-        let (mut lsn, mut ends) = (0, Vec::new());
-        for time in [0, 1, 2, 3, 4, 20, 29, 30, 31] {
-            let batch = batch(lsn, 1, &[write(0, 1, 1)], time);
-            lsn = batch.end(CHUNK);
-            builder.push([batch], Lsn(lsn), 0).unwrap();
-            while let Some(epoch) = builder.poll(0, false).unwrap() {
-                ends.extend(epoch.ends.then_some(epoch.to.0));
-            }
-        }
-        ends
-    };
-    let whole = ends(usize::MAX);
-    assert_eq!(whole, [4 * 8192, 5 * 8192, 7 * 8192], "by bytes, by time, by time");
-    assert_eq!(ends(8192), whole);
-    assert_eq!(ends(16_384), whole);
 }
 
 fn write(at: usize, len: usize, fill: u8) -> Op {

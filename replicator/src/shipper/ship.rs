@@ -68,10 +68,7 @@ struct Session<'a> {
     /// Sent epochs that are not acknowledged: end and bytes.
     window: std::collections::VecDeque<(Lsn, u64)>,
     window_bytes: u64,
-    /// Sent of the epoch under way.
     epoch_bytes: u64,
-    /// Parts of an epoch are sent, and its end is not.
-    in_epoch: bool,
     heartbeat_due: u64,
     /// Time of the newest heartbeat, by our clock.
     beat_us: u64,
@@ -116,6 +113,7 @@ pub(super) fn session(
     // Follows only now: what it knows is not from before a seed began.
     let feed = Feed::start(&shipper.source, &shipper.clock, &wake).map_err(SessionError::Filter)?;
     let known = feed.known().map_err(SessionError::Filter)?;
+    let limits = Limits { chunk_bytes: shipper.group.chunk_bytes, ..Limits::default() };
     let codec = if channel.is_local() { Controller::uncompressed() } else { Controller::default() };
     let mut session = Session {
         shipper,
@@ -124,7 +122,7 @@ pub(super) fn session(
         wake: wake.clone(),
         journal: Ahead::new(journal, wake),
         unreadable: None,
-        builder: Builder::new(limits(shipper, channel), from),
+        builder: Builder::new(limits, from),
         epoch: None,
         seeding: None,
         group_id: group_id(&shipper.group.uuid),
@@ -137,7 +135,6 @@ pub(super) fn session(
         window: Default::default(),
         window_bytes: 0,
         epoch_bytes: 0,
-        in_epoch: false,
         heartbeat_due: 0,
         beat_us: 0,
         asked_us,
@@ -152,12 +149,6 @@ pub(super) fn session(
     }
     session.show(&known, None);
     session.run(stop)
-}
-
-fn limits(shipper: &Shipper, channel: &Channel) -> Limits {
-    // Farther away what need not be sent counts for more than the processor's time.
-    let part_bytes = if channel.is_local() { PART_BYTES } else { usize::MAX };
-    Limits { part_bytes, chunk_bytes: shipper.group.chunk_bytes, ..Limits::default() }
 }
 
 fn greet(
@@ -282,7 +273,7 @@ impl Session<'_> {
         if idle && !at_end && !self.journal.is_reading() {
             return Duration::ZERO;
         }
-        let room = self.has_room();
+        let room = self.window_bytes < WINDOW_BYTES;
         let closes = self.builder.deadline().filter(|_| idle && room && at_end);
         let next = closes.map_or(self.heartbeat_due, |at| at.min(self.heartbeat_due));
         Duration::from_micros(next.saturating_sub(now).clamp(200, HEARTBEAT_US))
@@ -366,9 +357,6 @@ impl Session<'_> {
             let sends = self.epoch.is_some() && !self.journal.is_reading();
             let later = sends && !Ahead::is_far(from, durable);
             let ended = self.unreadable.is_some() || from >= durable;
-            if ended {
-                self.journal.rest();
-            }
             if later || ended || self.builder.has_ready() {
                 break;
             }
@@ -381,19 +369,15 @@ impl Session<'_> {
                 }
             }
         }
-        if self.epoch.is_none() && self.has_room() {
+        if self.epoch.is_none() && self.window_bytes < WINDOW_BYTES {
             let at_end = self.is_at_end(known);
             if let Some(mut epoch) = self.builder.poll(now, at_end)? {
                 epoch.set_writer(known.positions.incarnation, known.positions.generation);
+                self.epoch_bytes = 0;
                 self.epoch = Some(epoch);
             }
         }
         Ok(())
-    }
-
-    /// Whether an epoch may begin, or its next part: what was begun is sent to its end.
-    fn has_room(&self) -> bool {
-        self.in_epoch || self.window_bytes < WINDOW_BYTES
     }
 
     /// Whether everything is read that is durable, or that can be. What is before damage is an epoch,
@@ -447,10 +431,6 @@ impl Session<'_> {
         if frame.hdr.is_epoch_end() {
             self.shipped = epoch.to;
             self.window.push_back((epoch.to, self.epoch_bytes));
-            self.epoch_bytes = 0;
-        }
-        self.in_epoch = !frame.hdr.is_epoch_end();
-        if epoch.is_sent() {
             self.epoch = None;
         }
         self.count(raw_len);
@@ -552,8 +532,6 @@ impl Session<'_> {
 const ANSWER_MAX: Duration = Duration::from_secs(15);
 /// Sent and not acknowledged; an epoch that was started is finished.
 const WINDOW_BYTES: u64 = 64 << 20;
-/// Of an epoch, to a target on this machine: what a processor keeps at hand.
-const PART_BYTES: usize = 1 << 20;
 /// Reads of the journal before the connection is looked after again.
 const READS: usize = 4;
 const COPY_EVERY: u32 = 8;
