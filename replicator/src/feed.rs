@@ -204,6 +204,9 @@ mod tests {
         fn disks(&self) -> io::Result<Box<dyn DiskSource>> {
             Err(io::Error::other("no disks"))
         }
+        fn processors(&self) -> Option<crate::rest::Spent> {
+            None
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod frame;
 pub mod identity;
 pub mod pace;
 pub mod placed;
+pub mod rest;
 pub mod seed;
 pub mod session;
 pub mod shipper;

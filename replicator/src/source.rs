@@ -19,6 +19,7 @@ use blockfilter::nbd::client::{Answer, Client as NbdClient, ClientConfig, Op};
 use blockfilter::nbd::listen::Address;
 
 use crate::epoch::Batch;
+use crate::rest::Spent;
 
 /// Connections to a group's filter; made anew after each failure.
 pub trait Source: Send + Sync + Debug {
@@ -28,6 +29,8 @@ pub trait Source: Send + Sync + Debug {
     fn journal(&self) -> Result<Box<dyn Journal>, ReadError>;
     /// The disks, as their clients see them.
     fn disks(&self) -> io::Result<Box<dyn DiskSource>>;
+    /// What its machine's processors did so far; None: not known.
+    fn processors(&self) -> Option<Spent>;
 }
 
 /// The filter's control socket. After an error it is useless.
@@ -100,6 +103,10 @@ impl Source for LocalSource {
             clients.push(NbdClient::connect(config, self.clock.clone()).map_err(io::Error::other)?);
         }
         Ok(Box::new(LocalDisks { clients, ahead: None }))
+    }
+
+    fn processors(&self) -> Option<Spent> {
+        Spent::here()
     }
 }
 

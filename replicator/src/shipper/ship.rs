@@ -19,6 +19,7 @@ use crate::epoch::{Builder, Epoch, Limits};
 use crate::feed::{Feed, Known};
 use crate::frame::FrameBuf;
 use crate::pace::Meter;
+use crate::rest::Rest;
 use crate::seed::{Copier, CopyHead, SeedPlan, Step};
 use crate::session::{
     Ack, DiskInfo, Echo, ErrorMessage, HEARTBEAT_US, Heartbeat, Hello, HelloAck, SeedBegin,
@@ -77,6 +78,9 @@ struct Session<'a> {
     /// The newest Ack's time by the target's clock, and when it was taken by ours.
     ack_us: Option<(u64, u64)>,
     rtt_us: u64,
+    /// Age of the newest recoverable state, as the target said last.
+    rpo_us: Option<u64>,
+    rest: Rest,
     stream_turns: u32,
     wire_base: u64,
 }
@@ -140,6 +144,8 @@ pub(super) fn session(
         asked_us,
         ack_us: None,
         rtt_us,
+        rpo_us: None,
+        rest: Rest::default(),
         stream_turns: 0,
         wire_base: 0,
     };
@@ -252,15 +258,26 @@ impl Session<'_> {
             }
             let now = self.now();
             self.heartbeat(&known, now)?;
-            self.read_journal(&known, now)?;
-            let sent = !self.channel.output_pending() && self.send_one(&known, now)?;
-            let counters = self.channel.counters();
-            self.codec.observe(counters.sent_bytes, counters.blocked_us, now);
-            let timeout = if sent { Duration::ZERO } else { self.timeout(&known, now) };
+            if self.rest.is_due(now) {
+                self.rest.look(now, self.shipper.source.processors());
+            }
+            let timeout = match self.rest.until(now, self.rpo_us) {
+                Some(until) => Duration::from_micros(until.saturating_sub(now)),
+                None => self.work(&known, now)?,
+            };
             self.channel.pump(timeout, Some(&self.wake.clone()))?;
         }
         self.channel.send(&FrameBuf::message(Kind::Bye, &())?)?;
         Ok(())
+    }
+
+    /// Reads and sends what may be sent now; how long to wait then.
+    fn work(&mut self, known: &Known, now: u64) -> Result<Duration, SessionError> {
+        self.read_journal(known, now)?;
+        let sent = !self.channel.output_pending() && self.send_one(known, now)?;
+        let counters = self.channel.counters();
+        self.codec.observe(counters.sent_bytes, counters.blocked_us, now);
+        Ok(if sent { Duration::ZERO } else { self.timeout(known, now) })
     }
 
     fn now(&self) -> u64 {
@@ -300,6 +317,7 @@ impl Session<'_> {
         if let Some(echo) = ack.echo_us {
             self.rtt_us = now.saturating_sub(echo);
         }
+        self.rpo_us = ack.rpo_us;
         self.channel.set_patient(keeps_up(ack.rpo_us));
         self.ack_us = ack.mono_us.map(|theirs| (theirs, now));
         // An Ack from before a SeedBegin that is on its way says an older position.

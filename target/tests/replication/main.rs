@@ -403,6 +403,77 @@ fn copied(site: &Site) -> (PathBuf, MemSource) {
     (agent, source)
 }
 
+/// Goes as the other does until it is held, and stands still then.
+#[derive(Debug)]
+struct HeldClock {
+    inner: Arc<dyn Clock>,
+    /// Where it stands still; 0: it goes.
+    at: AtomicU64,
+    /// How often it was read there.
+    reads: AtomicU64,
+}
+
+impl Clock for HeldClock {
+    fn mono_us(&self) -> u64 {
+        match self.at.load(Ordering::SeqCst) {
+            0 => self.inner.mono_us(),
+            at => {
+                self.reads.fetch_add(1, Ordering::SeqCst);
+                at
+            }
+        }
+    }
+
+    fn wall_us(&self) -> u64 {
+        self.inner.wall_us()
+    }
+}
+
+#[test]
+fn a_copy_beside_full_processors_rests_and_then_sends_what_came_meanwhile() {
+    let site = Site::new();
+    let (agent, source) = copied(&site);
+    let (inner, [at, reads]) = (site.clock.clone(), Default::default());
+    let clock = Arc::new(HeldClock { inner, at, reads });
+    let mut shipper = site.shipper(&agent, &source, site.handle.local_addr());
+    shipper.clock = clock.clone();
+    shipping(&shipper, || {
+        let looks = source.lock().looks;
+        let mut end = Lsn(0);
+        site.until("it knows the processors and how old its copy is", || {
+            source.write(0, 0, &[7; 4096]);
+            end = source.durable();
+            source.lock().looks >= looks + 3
+        });
+        site.until_holds(end);
+        site.until("it rests", || {
+            let now = site.clock.mono_us();
+            let rests = now % 40_000 < 1_000;
+            if rests {
+                clock.at.store(now + 5_000, Ordering::SeqCst);
+            }
+            rests
+        });
+        // What it was doing when the clock stopped is over after a few of its turns.
+        let turns = |count| {
+            let until = clock.reads.load(Ordering::SeqCst) + count;
+            site.until("it looks", || clock.reads.load(Ordering::SeqCst) >= until);
+        };
+        turns(30);
+        // A mark ends its epoch whatever the clock says.
+        source.write(0, 4096, &[8; 4096]);
+        end = Lsn(source.mark("meanwhile"));
+        turns(60);
+        let held = site.handle.status().first().and_then(|s| s.recoverable);
+        // Where all of this took long it may be too old to rest.
+        let old = shipper.shown.get(0).rpo_seconds.is_none_or(|rpo| rpo >= 1.0);
+        assert!(old || held.is_some_and(|held| held < end), "it rests: {held:?} {end}");
+        clock.at.store(0, Ordering::SeqCst);
+        site.until_holds(end);
+    });
+    assert!(site.check_points(&source, 4) >= 2);
+}
+
 /// Its place at the target is another's now, so what it was told of its copy may not hold.
 #[test]
 fn a_session_that_is_replaced_is_told_and_takes_back_what_was_held() {
