@@ -2,9 +2,9 @@
 //!
 //! Priorities decide between threads of one processor. Where there are two, the scheduler gives
 //! the copy one of them and has clients and the filter share the other, however nice the copy is. So
-//! while a machine computes nearly all the time the copy sends nothing for a quarter of it, as
-//! long as what it holds is hardly older than a second: the journal keeps the rest of a peak until
-//! there is time. Who is older, or has nothing whole to show, works on.
+//! while a machine computes nearly all the time the copy reads no journal and begins no frame for a
+//! quarter of it, as long as the state that it could recover is not a second old: the journal keeps
+//! the rest of a peak until there is time. A copy that is older works on.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -66,10 +66,10 @@ impl Rest {
         self.last = spent;
     }
 
-    /// Until when nothing is sent, if not at `now_us`. `rpo_us` is the age of the newest recoverable
-    /// state, microseconds; None: there is none.
-    pub(crate) fn until(&self, now_us: u64, rpo_us: Option<u64>) -> Option<u64> {
-        let may = self.full && rpo_us.is_some_and(|rpo| rpo < OLD_US);
+    /// Until when it rests, after `now_us`; None: it does not. `rpo_us` is the age of the newest
+    /// recoverable state, microseconds.
+    pub(crate) fn until(&self, now_us: u64, rpo_us: u64) -> Option<u64> {
+        let may = self.full && rpo_us < OLD_US;
         let at = now_us % TURN_US;
         (may && at < REST_US).then(|| now_us - at + REST_US)
     }
@@ -84,7 +84,7 @@ const IDLE: u64 = 8;
 const TURN_US: u64 = 40_000;
 /// it rests so long: more than the scheduler takes to move who waits.
 const REST_US: u64 = 10_000;
-/// Whose newest recoverable state is as old, microseconds, does not rest.
+/// A copy whose newest recoverable state is as old, microseconds, does not rest.
 const OLD_US: u64 = 1_000_000;
 
 #[cfg(test)]
@@ -100,7 +100,7 @@ mod tests {
     }
 
     /// How many of a second's microseconds it rests, and whether every rest ends when it was said to.
-    fn rests(rest: &Rest, rpo_us: Option<u64>) -> u64 {
+    fn rests(rest: &Rest, rpo_us: u64) -> u64 {
         let (mut now, mut rested) = (7_000_000, 0);
         while now < 8_000_000 {
             match rest.until(now, rpo_us) {
@@ -118,26 +118,25 @@ mod tests {
 
     #[test]
     fn a_copy_rests_for_a_quarter_where_the_machine_is_full() {
-        assert_eq!(rests(&saw(124), Some(0)), 250_000);
-        assert_eq!(rests(&saw(125), Some(0)), 0);
-        assert_eq!(rests(&saw(0), Some(OLD_US - 1)), 250_000);
+        assert_eq!(rests(&saw(124), 0), 250_000);
+        assert_eq!(rests(&saw(125), 0), 0);
+        assert_eq!(rests(&saw(0), OLD_US - 1), 250_000);
     }
 
     #[test]
-    fn who_is_a_second_old_or_has_nothing_whole_works_on() {
-        assert_eq!(rests(&saw(0), Some(OLD_US)), 0);
-        assert_eq!(rests(&saw(0), None), 0);
+    fn a_copy_that_is_a_second_old_works_on() {
+        assert_eq!(rests(&saw(0), OLD_US), 0);
     }
 
     #[test]
     fn what_is_not_known_is_not_full() {
         let mut rest = saw(0);
         rest.look(LOOK_US * 2, None);
-        assert_eq!(rests(&rest, Some(0)), 0);
+        assert_eq!(rests(&rest, 0), 0);
         // One figure alone says nothing about now, nor does an account that stands still.
         for _ in 0..2 {
             rest.look(LOOK_US * 3, Some(Spent { all: 9000, idle: 0 }));
-            assert_eq!(rests(&rest, Some(0)), 0);
+            assert_eq!(rests(&rest, 0), 0);
         }
         assert!(!rest.is_due(LOOK_US * 4 - 1) && rest.is_due(LOOK_US * 4));
     }

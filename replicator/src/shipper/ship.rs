@@ -2,7 +2,7 @@
 //!
 //! One thread: takes what arrived, tells heartbeats, reads the journal while
 //! nothing waits to be sent, or ahead if there is much, sends the stream before copies. An epoch is
-//! started only while the window has room and is then sent to its end.
+//! started only while the window has room and is then sent to its end. It rests where processors are full.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -78,7 +78,7 @@ struct Session<'a> {
     /// The newest Ack's time by the target's clock, and when it was taken by ours.
     ack_us: Option<(u64, u64)>,
     rtt_us: u64,
-    /// Age of the newest recoverable state, as the target said last.
+    /// Age of the newest recoverable state at the newest Ack.
     rpo_us: Option<u64>,
     rest: Rest,
     stream_turns: u32,
@@ -258,17 +258,31 @@ impl Session<'_> {
             }
             let now = self.now();
             self.heartbeat(&known, now)?;
-            if self.rest.is_due(now) {
-                self.rest.look(now, self.shipper.source.processors());
-            }
-            let timeout = match self.rest.until(now, self.rpo_us) {
-                Some(until) => Duration::from_micros(until.saturating_sub(now)),
+            let timeout = match self.rests_until(&known, now) {
+                Some(until) => {
+                    Duration::from_micros(until.min(self.heartbeat_due).saturating_sub(now))
+                }
                 None => self.work(&known, now)?,
             };
             self.channel.pump(timeout, Some(&self.wake.clone()))?;
         }
         self.channel.send(&FrameBuf::message(Kind::Bye, &())?)?;
         Ok(())
+    }
+
+    /// Until when nothing is read and no frame begun, after `now`. Not during a seed, which its stream
+    /// must outrun, nor where the journal has less room for a peak than eight times what is behind.
+    fn rests_until(&mut self, known: &Known, now: u64) -> Option<u64> {
+        let behind = known.positions.admitted.0.saturating_sub(self.target_durable.0);
+        let roomy = behind <= self.shipper.group.journal_bytes / ROOM;
+        if behind == 0 || !roomy || self.seeding.is_some() {
+            return None;
+        }
+        if self.rest.is_due(now) {
+            self.rest.look(now, self.shipper.source.processors());
+        }
+        let (rpo, (_, at)) = self.rpo_us.zip(self.ack_us)?;
+        self.rest.until(now, rpo.saturating_add(now.saturating_sub(at)))
     }
 
     /// Reads and sends what may be sent now; how long to wait then.
@@ -553,5 +567,7 @@ const WINDOW_BYTES: u64 = 64 << 20;
 /// Reads of the journal before the connection is looked after again.
 const READS: usize = 4;
 const COPY_EVERY: u32 = 8;
+/// It rests only while so many times what is behind fits into the journal.
+const ROOM: u64 = 8;
 const LAGGING_SECONDS: f64 = 5.0;
 const LAGGING_BYTES: u64 = 16 << 20;

@@ -429,49 +429,58 @@ impl Clock for HeldClock {
     }
 }
 
-#[test]
-fn a_copy_beside_full_processors_rests_and_then_sends_what_came_meanwhile() {
+/// What came in a rest beside full processors is sent afterwards, or in it where `journal_bytes` are few.
+fn rest_beside_full_processors(journal_bytes: u64, rests: bool) {
     let site = Site::new();
     let (agent, source) = copied(&site);
     let (inner, [at, reads]) = (site.clock.clone(), Default::default());
     let clock = Arc::new(HeldClock { inner, at, reads });
     let mut shipper = site.shipper(&agent, &source, site.handle.local_addr());
     shipper.clock = clock.clone();
+    shipper.group.journal_bytes = journal_bytes;
+    source.lock().full = true;
     shipping(&shipper, || {
-        let looks = source.lock().looks;
-        let mut end = Lsn(0);
-        site.until("it knows the processors and how old its copy is", || {
-            source.write(0, 0, &[7; 4096]);
-            end = source.durable();
-            source.lock().looks >= looks + 3
+        let (began, looks) = (site.clock.mono_us(), source.lock().looks);
+        site.until("it knows of a young copy and has long asked for the processors", || {
+            source.write(0, 0, &[7; 512]);
+            let rpo = shipper.shown.get(0).rpo_seconds;
+            let asked = source.lock().looks >= looks + 3 || !rests;
+            asked && site.clock.mono_us() > began + 1_000_000 && rpo.is_some_and(|rpo| rpo < 0.5)
         });
-        site.until_holds(end);
-        site.until("it rests", || {
-            let now = site.clock.mono_us();
-            let rests = now % 40_000 < 1_000;
-            if rests {
-                clock.at.store(now + 5_000, Ordering::SeqCst);
-            }
-            rests
-        });
+        let rest = (site.clock.mono_us() / 40_000 + 1) * 40_000;
+        clock.at.store(rest + 5_000, Ordering::SeqCst);
         // What it was doing when the clock stopped is over after a few of its turns.
         let turns = |count| {
             let until = clock.reads.load(Ordering::SeqCst) + count;
             site.until("it looks", || clock.reads.load(Ordering::SeqCst) >= until);
         };
         turns(30);
-        // A mark ends its epoch whatever the clock says.
         source.write(0, 4096, &[8; 4096]);
-        end = Lsn(source.mark("meanwhile"));
+        // A mark ends its epoch whatever the clock says.
+        let end = Lsn(source.mark("meanwhile"));
+        if !rests {
+            site.until_holds(end);
+        }
         turns(60);
         let held = site.handle.status().first().and_then(|s| s.recoverable);
         // Where all of this took long it may be too old to rest.
-        let old = shipper.shown.get(0).rpo_seconds.is_none_or(|rpo| rpo >= 1.0);
-        assert!(old || held.is_some_and(|held| held < end), "it rests: {held:?} {end}");
+        let old = shipper.shown.get(0).rpo_seconds.is_some_and(|rpo| rpo >= 1.0);
+        assert!(!rests || old || held.is_some_and(|held| held < end), "{held:?} {end}");
         clock.at.store(0, Ordering::SeqCst);
         site.until_holds(end);
+        assert!(rests || source.lock().looks == looks, "who never rests does not ask");
     });
     assert!(site.check_points(&source, 4) >= 2);
+}
+
+#[test]
+fn a_copy_beside_full_processors_rests_and_then_sends_what_came_meanwhile() {
+    rest_beside_full_processors(1 << 30, true);
+}
+
+#[test]
+fn a_copy_beside_full_processors_does_not_rest_where_the_journal_has_no_room() {
+    rest_beside_full_processors(8 * 512, false);
 }
 
 /// Its place at the target is another's now, so what it was told of its copy may not hold.

@@ -45,8 +45,9 @@ pub(crate) struct State {
     pub taken_back: u32,
     /// Everything that was told of complete copies.
     pub whole: Vec<Lsn>,
-    /// How often its processors were asked for: they compute all the time.
+    /// How often its processors were asked for, and whether they compute all the time.
     pub looks: u64,
+    pub full: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -76,6 +77,7 @@ impl MemSource {
             taken_back: 0,
             whole: Vec::new(),
             looks: 0,
+            full: false,
         })))
     }
 
@@ -166,7 +168,8 @@ impl Source for MemSource {
     fn processors(&self) -> Option<Spent> {
         let mut state = self.lock();
         state.looks += 1;
-        Some(Spent { all: state.looks, idle: 0 })
+        let idle = if state.full { 0 } else { state.looks };
+        Some(Spent { all: state.looks, idle })
     }
 }
 
