@@ -7,11 +7,11 @@
 //! replicator reads with `pread`.
 //!
 //! Holds: bytes in `[floor, head)` are never written; bytes in `[head, floor + size)`
-//! belong to the engine thread ([`Arena::fill`]). The floor is raised, and published,
-//! *before* a byte below it is overwritten (ruling 12), so a reader in another
-//! process that copies and then sees `floor` at or below its range has copied
-//! good bytes. The process may die at any instruction: what is below
-//! `published` is complete (decision 2).
+//! belong to the engine thread ([`Arena::fill`]). What other processes are told as the floor is
+//! raised *before* a byte below it is overwritten (ruling 12), and only then: so a reader in another
+//! process that copies and then sees it at or below its range has copied
+//! good bytes, and one that is behind finds them for as long as they are there. The process may die at any
+//! instruction: what is below `published` is complete (decision 2).
 //!
 //! ```text
 //! 0       4 KiB   ArenaHdr
@@ -70,7 +70,8 @@ pub struct ArenaHdr {
 pub enum Word {
     /// Open batch's LSN plus its number of records: everything below is complete.
     Published = 64,
-    /// Lowest position whose bytes are still there.
+    /// Lowest position whose bytes are still there: given up or not, never above what this
+    /// process gave up.
     Floor = 72,
     /// Exclusive end of what is durable in the journal.
     Durable = 80,
@@ -95,6 +96,7 @@ pub struct Arena {
     size: u64,
     /// Bytes at and above are writable up to `floor + size`.
     head: AtomicU64,
+    /// Everything below is given up.
     floor: AtomicU64,
 }
 
@@ -241,12 +243,10 @@ impl Arena {
         self.head.store(head, Ordering::Release);
     }
 
-    /// Gives up everything below `floor`, and says so to other processes first.
+    /// Gives up everything below `floor`. Other processes find it until it is overwritten.
     pub fn advance_floor(&self, floor: u64) {
         assert!(floor >= self.floor.load(Ordering::Relaxed));
         assert!(floor <= self.head.load(Ordering::Relaxed));
-        self.set_word(Word::Floor, floor);
-        std::sync::atomic::fence(Ordering::SeqCst);
         self.floor.store(floor, Ordering::Release);
     }
 
@@ -274,10 +274,16 @@ impl Arena {
         read(unsafe { std::slice::from_raw_parts_mut(to, len as usize) })
     }
 
-    /// Where the bytes at `pos` are, which may be written.
+    /// Where the bytes at `pos` are, which may be written. What was there is gone for other processes.
     fn own_range(&self, pos: u64, len: u64) -> usize {
         assert!(pos >= self.head.load(Ordering::Relaxed), "a frozen byte would be written");
-        assert!(pos + len <= self.floor.load(Ordering::Relaxed) + self.size);
+        let floor = self.floor.load(Ordering::Relaxed);
+        assert!(pos + len <= floor + self.size);
+        let needed = (pos + len).saturating_sub(self.size);
+        if self.word(Word::Floor) < needed {
+            self.set_word(Word::Floor, floor.min(needed + self.size / FLOOR_STEPS));
+            std::sync::atomic::fence(Ordering::SeqCst);
+        }
         self.ring_offset(pos, len)
     }
 
@@ -343,6 +349,8 @@ pub const ARENA_MAGIC: [u8; 8] = *b"SFARENA1";
 /// Where the ring starts in the file.
 pub const RING_AT: u64 = 8192;
 
+/// The floor is raised at least one part of so many further than it must be, so that not every write raises it.
+const FLOOR_STEPS: u64 = 256;
 /// Size and alignment of a huge page.
 const HUGE: usize = 2 << 20;
 /// How long a start looks for huge pages, microseconds: 256 MiB took 0.1 s, and once 0.7.
@@ -374,6 +382,36 @@ mod tests {
         assert_eq!(arena.bytes(69_000, 5), b"hello");
         let other = ArenaHdr { incarnation: 2.into(), ..hdr() };
         assert!(Arena::open(&path, &other).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_is_given_up_is_told_only_before_it_is_overwritten() {
+        let dir = tempfile::tempdir().unwrap();
+        let arena = Arena::create(&dir.path().join("a"), &hdr()).unwrap();
+        arena.set_bounds(4096, 4096);
+        arena.fill(4096, &[1; 61_440]);
+        arena.advance_head(65_536);
+        arena.advance_floor(40_960);
+        assert_eq!((arena.word(Word::Floor), arena.room()), (4096, 40_960));
+        arena.fill(65_536, &[2; 4096]);
+        assert_eq!(arena.word(Word::Floor), 4096, "nothing of that was overwritten");
+        arena.receive(69_632, 4096, |buf| buf.fill(3));
+        let told = arena.word(Word::Floor);
+        assert!((8192..=40_960).contains(&told), "{told}");
+        // Up to the last byte that is given up, not beyond.
+        arena.advance_head(73_728);
+        arena.fill(73_728, &[4; 32_768]);
+        assert_eq!((arena.word(Word::Floor), arena.room()), (40_960, 32_768));
+    }
+
+    #[test]
+    #[should_panic(expected = "given up")]
+    fn what_is_given_up_is_not_read_though_it_is_still_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let arena = Arena::create(&dir.path().join("a"), &hdr()).unwrap();
+        arena.set_bounds(4096, 8192);
+        arena.advance_floor(8192);
+        arena.bytes(4096, 4096);
     }
 
     /// Each look at it is 100 ms after the one before.
