@@ -207,6 +207,9 @@ mod tests {
         fn processors(&self) -> Option<crate::rest::Spent> {
             None
         }
+        fn set_background(&self, _: bool) -> io::Result<()> {
+            Ok(())
+        }
     }
 
     #[test]

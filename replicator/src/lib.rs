@@ -1,6 +1,7 @@
 //! Steps 7 and 8 of the walk of one write: from the journal to the target.
 
 mod ahead;
+mod background;
 pub mod codec;
 pub mod enroll;
 pub mod epoch;

@@ -9,6 +9,8 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use crate::background::Standing;
+
 /// What all processors of a machine did since it started, in the kernel's ticks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Spent {
@@ -66,10 +68,9 @@ impl Rest {
         self.last = spent;
     }
 
-    /// Until when it rests, after `now_us`; None: it does not. `rpo_us` is the age of the newest
-    /// recoverable state, microseconds.
-    pub(crate) fn until(&self, now_us: u64, rpo_us: u64) -> Option<u64> {
-        let may = self.full && rpo_us < OLD_US;
+    /// Until when it rests, after `now_us`; None: it does not.
+    pub(crate) fn until(&self, now_us: u64, standing: Standing) -> Option<u64> {
+        let may = self.full && standing.can_wait(OLD_US);
         let at = now_us % TURN_US;
         (may && at < REST_US).then(|| now_us - at + REST_US)
     }
@@ -100,13 +101,14 @@ mod tests {
     }
 
     /// How many of a second's microseconds it rests, and whether every rest ends when it was said to.
-    fn rests(rest: &Rest, rpo_us: u64) -> u64 {
+    fn rests(rest: &Rest, age_us: u64) -> u64 {
+        let standing = Standing { seeding: false, behind: 1, journal: 800, age_us: Some(age_us) };
         let (mut now, mut rested) = (7_000_000, 0);
         while now < 8_000_000 {
-            match rest.until(now, rpo_us) {
+            match rest.until(now, standing) {
                 Some(until) => {
                     assert!(until > now && until <= now + REST_US);
-                    assert_eq!(rest.until(until - 1, rpo_us), Some(until));
+                    assert_eq!(rest.until(until - 1, standing), Some(until));
                     rested += until - now;
                     now = until;
                 }

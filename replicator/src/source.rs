@@ -18,6 +18,7 @@ use blockfilter::names::Lsn;
 use blockfilter::nbd::client::{Answer, Client as NbdClient, ClientConfig, Op};
 use blockfilter::nbd::listen::Address;
 
+use crate::background::Priority;
 use crate::epoch::Batch;
 use crate::rest::Spent;
 
@@ -31,6 +32,9 @@ pub trait Source: Send + Sync + Debug {
     fn disks(&self) -> io::Result<Box<dyn DiskSource>>;
     /// What its machine's processors did so far; None: not known.
     fn processors(&self) -> Option<Spent>;
+    /// Has this process compute while nobody else on its machine wants to, or as before. An error: not
+    /// now.
+    fn set_background(&self, background: bool) -> io::Result<()>;
 }
 
 /// The filter's control socket. After an error it is useless.
@@ -77,12 +81,13 @@ pub struct LocalSource {
     config: GroupConfig,
     paths: GroupPaths,
     clock: Arc<dyn Clock>,
+    priority: Priority,
 }
 
 impl LocalSource {
     /// Of a configured group; nothing is opened yet.
     pub fn new(config: GroupConfig, paths: GroupPaths, clock: Arc<dyn Clock>) -> Self {
-        Self { config, paths, clock }
+        Self { config, paths, clock, priority: Priority::new() }
     }
 }
 
@@ -107,6 +112,10 @@ impl Source for LocalSource {
 
     fn processors(&self) -> Option<Spent> {
         Spent::here()
+    }
+
+    fn set_background(&self, background: bool) -> io::Result<()> {
+        self.priority.set(background)
     }
 }
 

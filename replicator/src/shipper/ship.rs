@@ -2,7 +2,8 @@
 //!
 //! One thread: takes what arrived, tells heartbeats, reads the journal while
 //! nothing waits to be sent, or ahead if there is much, sends the stream before copies. An epoch is
-//! started only while the window has room and is then sent to its end. It rests where processors are full.
+//! started only while the window has room and is then sent to its end. It is in the background where it
+//! can be, and rests where processors are full.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,6 +15,7 @@ use blockfilter::names::Lsn;
 
 use super::{SessionError, Shipper};
 use crate::ahead::Ahead;
+use crate::background::{Background, Standing};
 use crate::codec::{Controller, Encoder};
 use crate::epoch::{Builder, Epoch, Limits};
 use crate::feed::{Feed, Known};
@@ -25,7 +27,7 @@ use crate::session::{
     Ack, DiskInfo, Echo, ErrorMessage, HEARTBEAT_US, Heartbeat, Hello, HelloAck, SeedBegin,
     SeedEnd, Start, decide, group_id, held, is_seed_over, is_whole, keeps_up, seed_again,
 };
-use crate::source::Control;
+use crate::source::{Control, Journal};
 use crate::status::{SeedProgress, State};
 use crate::transport::{Channel, Waker};
 use crate::wire::{Kind, WIRE_VERSION};
@@ -80,6 +82,7 @@ struct Session<'a> {
     rtt_us: u64,
     /// Age of the newest recoverable state at the newest Ack.
     rpo_us: Option<u64>,
+    background: Background,
     rest: Rest,
     stream_turns: u32,
     wire_base: u64,
@@ -98,21 +101,12 @@ pub(super) fn session(
     let asked_us = shipper.clock.mono_us();
     let ack = greet(shipper, channel, &positions)?;
     let rtt_us = shipper.clock.mono_us().saturating_sub(asked_us);
-    let mut start = decide(&positions, &ack);
+    let start = decide(&positions, &ack);
     // Before anything can fail: it may be less than the filter believes.
     let (from, whole) = held(&start, &ack);
     control.ship_floor(from, whole).map_err(SessionError::Filter)?;
     let mut journal = shipper.source.journal()?;
-    if let Start::Stream { from } | Start::ResumeSeed { from, .. } = start {
-        match journal.read(from, positions.durable, 4096) {
-            Ok(_) => {}
-            Err(ReadError::Gone(_)) => start = seed_again(&ack, "the journal no longer holds it"),
-            Err(ReadError::Damaged(at, _)) if journal_lost == Some(at) => {
-                start = seed_again(&ack, "the journal is damaged");
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
+    let start = unless_lost(start, journal.as_mut(), positions.durable, &ack, journal_lost)?;
     let (from, plan) = begin(shipper, channel, control.as_mut(), &positions, start)?;
     // Follows only now: what it knows is not from before a seed began.
     let feed = Feed::start(&shipper.source, &shipper.clock, &wake).map_err(SessionError::Filter)?;
@@ -145,6 +139,7 @@ pub(super) fn session(
         ack_us: None,
         rtt_us,
         rpo_us: None,
+        background: Background::default(),
         rest: Rest::default(),
         stream_turns: 0,
         wire_base: 0,
@@ -155,6 +150,25 @@ pub(super) fn session(
     }
     session.show(&known, None);
     session.run(stop)
+}
+
+/// `start`, or a copy where the journal has not what that needs.
+fn unless_lost(
+    start: Start,
+    journal: &mut dyn Journal,
+    durable: Lsn,
+    ack: &HelloAck,
+    journal_lost: Option<Lsn>,
+) -> Result<Start, SessionError> {
+    let (Start::Stream { from } | Start::ResumeSeed { from, .. }) = start else { return Ok(start) };
+    match journal.read(from, durable, 4096) {
+        Ok(_) => Ok(start),
+        Err(ReadError::Gone(_)) => Ok(seed_again(ack, "the journal no longer holds it")),
+        Err(ReadError::Damaged(at, _)) if journal_lost == Some(at) => {
+            Ok(seed_again(ack, "the journal is damaged"))
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn greet(
@@ -258,7 +272,9 @@ impl Session<'_> {
             }
             let now = self.now();
             self.heartbeat(&known, now)?;
-            let timeout = match self.rests_until(&known, now) {
+            let standing = self.standing(&known, now);
+            self.stand_back(standing, now);
+            let timeout = match self.rests_until(standing, now) {
                 Some(until) => {
                     Duration::from_micros(until.min(self.heartbeat_due).saturating_sub(now))
                 }
@@ -270,19 +286,36 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Until when nothing is read and no frame begun, after `now`. Not during a seed, which its stream
-    /// must outrun, nor where the journal has less room for a peak than eight times what is behind.
-    fn rests_until(&mut self, known: &Known, now: u64) -> Option<u64> {
-        let behind = known.positions.admitted.0.saturating_sub(self.target_durable.0);
-        let roomy = behind <= self.shipper.group.journal_bytes / ROOM;
-        if behind == 0 || !roomy || self.seeding.is_some() {
+    fn standing(&self, known: &Known, now: u64) -> Standing {
+        let aged = |(rpo, (_, at)): (u64, (u64, u64))| rpo.saturating_add(now.saturating_sub(at));
+        Standing {
+            seeding: self.seeding.is_some(),
+            behind: known.positions.admitted.0.saturating_sub(self.target_durable.0),
+            journal: self.shipper.group.journal_bytes,
+            age_us: self.rpo_us.zip(self.ack_us).map(aged),
+        }
+    }
+
+    /// Has production's work come first, or not.
+    fn stand_back(&mut self, standing: Standing, now: u64) {
+        if let Some(background) = self.background.change(now, standing) {
+            let done = self.shipper.source.set_background(background);
+            if let Err(error) = &done {
+                tracing::debug!(%error, background, "the copy's priority cannot be changed now");
+            }
+            self.background.tried(now, background, done.is_ok());
+        }
+    }
+
+    /// Until when nothing is read and no frame begun, after `now`.
+    fn rests_until(&mut self, standing: Standing, now: u64) -> Option<u64> {
+        if standing.behind == 0 || !standing.can_wait(u64::MAX) {
             return None;
         }
         if self.rest.is_due(now) {
             self.rest.look(now, self.shipper.source.processors());
         }
-        let (rpo, (_, at)) = self.rpo_us.zip(self.ack_us)?;
-        self.rest.until(now, rpo.saturating_add(now.saturating_sub(at)))
+        self.rest.until(now, standing)
     }
 
     /// Reads and sends what may be sent now; how long to wait then.
@@ -567,7 +600,5 @@ const WINDOW_BYTES: u64 = 64 << 20;
 /// Reads of the journal before the connection is looked after again.
 const READS: usize = 4;
 const COPY_EVERY: u32 = 8;
-/// It rests only while so many times what is behind fits into the journal.
-const ROOM: u64 = 8;
 const LAGGING_SECONDS: f64 = 5.0;
 const LAGGING_BYTES: u64 = 16 << 20;

@@ -483,6 +483,47 @@ fn a_copy_beside_full_processors_does_not_rest_where_the_journal_has_no_room() {
     rest_beside_full_processors(8 * 512, false);
 }
 
+/// What was set last of the copy's priority.
+fn background(source: &MemSource) -> Option<bool> {
+    source.lock().background.last().copied()
+}
+
+#[test]
+fn a_copy_is_in_the_background_once_it_is_complete_while_it_is_young_and_the_journal_has_room() {
+    let site = Site::new();
+    let source = MemSource::new(disks());
+    source.lock().refuses = 2;
+    let agent = site.agent("a");
+    let clock = Arc::new(HeldClock { inner: site.clock.clone(), at: 0.into(), reads: 0.into() });
+    let mut shipper = site.shipper(&agent, &source, site.handle.local_addr());
+    shipper.clock = clock.clone();
+    shipping(&shipper, || {
+        site.until("it is in the background", || background(&source) == Some(true));
+        assert!(source.lock().told.1, "not while it is made");
+        assert_eq!(source.lock().refuses, 0, "what was refused is tried again");
+        // It stands still in what is five seconds from now, so that no younger state is acknowledged.
+        clock.at.store(site.clock.mono_us() + 6_000_000, Ordering::SeqCst);
+        site.until("it is old", || background(&source) == Some(false));
+    });
+}
+
+#[test]
+fn a_copy_is_not_in_the_background_where_the_journal_has_no_room() {
+    let site = Site::new();
+    let (agent, source) = copied(&site);
+    source.lock().background.clear();
+    let mut shipper = site.shipper(&agent, &source, site.handle.local_addr());
+    shipper.group.journal_bytes = 0;
+    shipping(&shipper, || {
+        source.write(0, 0, &[7; 512]);
+        site.until("it is not", || background(&source) == Some(false));
+    });
+    shipper.group.journal_bytes = 1 << 30;
+    shipping(&shipper, || {
+        site.until("it is", || background(&source) == Some(true));
+    });
+}
+
 /// Its place at the target is another's now, so what it was told of its copy may not hold.
 #[test]
 fn a_session_that_is_replaced_is_told_and_takes_back_what_was_held() {

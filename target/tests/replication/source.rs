@@ -48,6 +48,9 @@ pub(crate) struct State {
     /// How often its processors were asked for, and whether they compute all the time.
     pub looks: u64,
     pub full: bool,
+    /// What was set of its priority, and how often the kernel still refuses that.
+    pub background: Vec<bool>,
+    pub refuses: u32,
 }
 
 #[derive(Clone, Debug)]
@@ -78,6 +81,8 @@ impl MemSource {
             whole: Vec::new(),
             looks: 0,
             full: false,
+            background: Vec::new(),
+            refuses: 0,
         })))
     }
 
@@ -170,6 +175,15 @@ impl Source for MemSource {
         state.looks += 1;
         let idle = if state.full { 0 } else { state.looks };
         Some(Spent { all: state.looks, idle })
+    }
+    fn set_background(&self, background: bool) -> io::Result<()> {
+        let mut state = self.lock();
+        if state.refuses > 0 {
+            state.refuses -= 1;
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        state.background.push(background);
+        Ok(())
     }
 }
 
