@@ -132,3 +132,38 @@ fn wait_for_answers(done: &AtomicU64, stop: &AtomicBool, more: u64) {
     });
     assert!(!stop.load(Ordering::SeqCst), "the writers stopped");
 }
+
+/// Nice values of a process: its session's, if the kernel has such groups, and those of its threads.
+fn nice(pid: u32) -> (Option<String>, Vec<String>) {
+    let read = |path: &Path| std::fs::read_to_string(path).ok();
+    let process = Path::new("/proc").join(pid.to_string());
+    let last = |text: String| text.split_whitespace().next_back().map(str::to_owned);
+    let session = read(&process.join("autogroup")).and_then(last);
+    let threads = std::fs::read_dir(process.join("task")).unwrap();
+    // Behind the name: state, and sixteen fields on the nice value (`proc_pid_stat(5)`).
+    let field =
+        |stat: String| stat.rsplit(')').next()?.split_whitespace().nth(16).map(str::to_owned);
+    let of = |entry: std::io::Result<std::fs::DirEntry>| read(&entry.unwrap().path().join("stat"));
+    (session, threads.filter_map(of).filter_map(field).collect())
+}
+
+#[test]
+fn a_complete_copy_is_in_the_background_and_its_filter_is_not() {
+    let site = Site::start("background");
+    let image = site.image("a.img", 0, 4 << 20);
+    site.protect("g", &[("a", &image)], &[]);
+    site.wait_protected("g");
+    for _ in 0..2 {
+        let replicator = site.wait_pid("replicator", "g", None);
+        wait_until("the copy to be in the background", Duration::from_secs(60), || {
+            let (session, threads) = nice(replicator);
+            let all = threads.len() > 1 && threads.iter().all(|nice| nice == "19");
+            (all && session.is_none_or(|nice| nice == "19")).then_some(())
+        });
+        let (session, threads) = nice(site.wait_pid("filter", "g", None));
+        assert!(session.is_none_or(|nice| nice == "0"), "who serves clients is not in it");
+        assert!(!threads.is_empty() && threads.iter().all(|nice| nice == "0"), "{threads:?}");
+        kill_role(&site, "replicator");
+        site.wait_pid("replicator", "g", Some(replicator));
+    }
+}

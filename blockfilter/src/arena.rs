@@ -232,6 +232,7 @@ impl Arena {
     pub fn set_bounds(&self, floor: u64, head: u64) {
         assert!(floor <= head && head - floor <= self.size);
         self.set_word(Word::Floor, floor);
+        std::sync::atomic::fence(Ordering::SeqCst);
         self.floor.store(floor, Ordering::Release);
         self.head.store(head, Ordering::Release);
     }

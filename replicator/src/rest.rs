@@ -1,8 +1,8 @@
 //! When a copy rests, so that production has the processors. (pure, but for the kernel's account)
 //!
-//! Priorities decide between threads of one processor. Where there are two, the scheduler gives
-//! the copy one of them and has clients and the filter share the other, however nice the copy is. So
-//! while a machine computes nearly all the time the copy reads no journal and begins no frame for a
+//! Priorities decide between threads of one processor. Where there are two, the scheduler may give
+//! the copy one of them and have clients and the filter share the other, though it is in the
+//! background (`background.rs`). So while a machine computes nearly all the time the copy reads no journal and begins no frame for a
 //! quarter of it, as long as the state that it could recover is not a second old: the journal keeps
 //! the rest of a peak until there is time. A copy that is older works on.
 
@@ -70,7 +70,7 @@ impl Rest {
 
     /// Until when it rests, after `now_us`; None: it does not.
     pub(crate) fn until(&self, now_us: u64, standing: Standing) -> Option<u64> {
-        let may = self.full && standing.can_wait(OLD_US);
+        let may = self.full && standing.can_wait(OLD_US, ROOM);
         let at = now_us % TURN_US;
         (may && at < REST_US).then(|| now_us - at + REST_US)
     }
@@ -88,6 +88,9 @@ const REST_US: u64 = 10_000;
 /// A copy whose newest recoverable state is as old, microseconds, does not rest.
 const OLD_US: u64 = 1_000_000;
 
+/// Nor does one where the journal has no room for so many times what is behind.
+pub(crate) const ROOM: u64 = 8;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -102,7 +105,13 @@ mod tests {
 
     /// How many of a second's microseconds it rests, and whether every rest ends when it was said to.
     fn rests(rest: &Rest, age_us: u64) -> u64 {
-        let standing = Standing { seeding: false, behind: 1, journal: 800, age_us: Some(age_us) };
+        let standing = Standing {
+            seeding: false,
+            behind: 100,
+            journal: 800,
+            age_us: Some(age_us),
+            late_us: 0,
+        };
         let (mut now, mut rested) = (7_000_000, 0);
         while now < 8_000_000 {
             match rest.until(now, standing) {

@@ -198,6 +198,10 @@ impl Shipper {
         journal_lost: Option<Lsn>,
         stop: &AtomicBool,
     ) -> Result<(), SessionError> {
+        // Whatever the last session left: who is in the background may not get as far as this one.
+        if let Err(error) = self.source.set_background(false) {
+            tracing::debug!(%error, "the copy's priority cannot be changed now");
+        }
         let mut channel =
             Channel::connect(target, self.tls.clone(), self.clock.clone(), CONNECT_MAX)?;
         self.shown.update(|s| {

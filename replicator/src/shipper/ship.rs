@@ -21,7 +21,7 @@ use crate::epoch::{Builder, Epoch, Limits};
 use crate::feed::{Feed, Known};
 use crate::frame::FrameBuf;
 use crate::pace::Meter;
-use crate::rest::Rest;
+use crate::rest::{ROOM, Rest};
 use crate::seed::{Copier, CopyHead, SeedPlan, Step};
 use crate::session::{
     Ack, DiskInfo, Echo, ErrorMessage, HEARTBEAT_US, Heartbeat, Hello, HelloAck, SeedBegin,
@@ -80,8 +80,8 @@ struct Session<'a> {
     /// The newest Ack's time by the target's clock, and when it was taken by ours.
     ack_us: Option<(u64, u64)>,
     rtt_us: u64,
-    /// Age of the newest recoverable state at the newest Ack.
-    rpo_us: Option<u64>,
+    /// Age of the newest recoverable state as of a heartbeat of this time, by our clock.
+    rpo: Option<(u64, u64)>,
     background: Background,
     rest: Rest,
     stream_turns: u32,
@@ -138,7 +138,7 @@ pub(super) fn session(
         asked_us,
         ack_us: None,
         rtt_us,
-        rpo_us: None,
+        rpo: None,
         background: Background::default(),
         rest: Rest::default(),
         stream_turns: 0,
@@ -259,6 +259,7 @@ impl Session<'_> {
     }
 
     fn run(&mut self, stop: &AtomicBool) -> Result<(), SessionError> {
+        let mut expected = self.now();
         while !stop.load(Ordering::SeqCst) {
             let known = self.feed.known().map_err(SessionError::Filter)?;
             if matches!(known.positions.mode, Mode::Frozen | Mode::New | Mode::Unjournaled) {
@@ -272,7 +273,7 @@ impl Session<'_> {
             }
             let now = self.now();
             self.heartbeat(&known, now)?;
-            let standing = self.standing(&known, now);
+            let standing = self.standing(&known, now, now.saturating_sub(expected));
             self.stand_back(standing, now);
             let timeout = match self.rests_until(standing, now) {
                 Some(until) => {
@@ -280,19 +281,21 @@ impl Session<'_> {
                 }
                 None => self.work(&known, now)?,
             };
+            expected = self.now() + timeout.as_micros() as u64;
             self.channel.pump(timeout, Some(&self.wake.clone()))?;
         }
         self.channel.send(&FrameBuf::message(Kind::Bye, &())?)?;
         Ok(())
     }
 
-    fn standing(&self, known: &Known, now: u64) -> Standing {
-        let aged = |(rpo, (_, at)): (u64, (u64, u64))| rpo.saturating_add(now.saturating_sub(at));
+    fn standing(&self, known: &Known, now: u64, late_us: u64) -> Standing {
+        let aged = |(rpo, at): (u64, u64)| rpo.saturating_add(now.saturating_sub(at));
         Standing {
             seeding: self.seeding.is_some(),
             behind: known.positions.admitted.0.saturating_sub(self.target_durable.0),
             journal: self.shipper.group.journal_bytes,
-            age_us: self.rpo_us.zip(self.ack_us).map(aged),
+            age_us: self.rpo.map(aged),
+            late_us,
         }
     }
 
@@ -309,7 +312,7 @@ impl Session<'_> {
 
     /// Until when nothing is read and no frame begun, after `now`.
     fn rests_until(&mut self, standing: Standing, now: u64) -> Option<u64> {
-        if standing.behind == 0 || !standing.can_wait(u64::MAX) {
+        if standing.behind == 0 || !standing.can_wait(u64::MAX, ROOM) {
             return None;
         }
         if self.rest.is_due(now) {
@@ -364,7 +367,7 @@ impl Session<'_> {
         if let Some(echo) = ack.echo_us {
             self.rtt_us = now.saturating_sub(echo);
         }
-        self.rpo_us = ack.rpo_us;
+        self.rpo = ack.rpo_us.zip(ack.echo_us);
         self.channel.set_patient(keeps_up(ack.rpo_us));
         self.ack_us = ack.mono_us.map(|theirs| (theirs, now));
         // An Ack from before a SeedBegin that is on its way says an older position.

@@ -60,7 +60,8 @@ pub fn replicator(args: &GroupArgs, context: &Context) -> Outcome {
     let (group, paths) = agent::load_config(&context.dir, &args.group)?;
     let _role = agent::take_role(&paths, "replicator")?;
     let config = ReplicatorConfig { group, paths, agent_dir: context.dir.clone() };
-    // Production first: what a full processor delays is the copy, and status says by how much.
+    // Production first: what a full processor delays is the copy, and status says by how much. This
+    // counts beside tasks of the same group only; a session lowers the group's own value.
     if let Err(error) = rustix::process::nice(NICE) {
         tracing::warn!(%error, "the replicator runs at the priority of production");
     }
