@@ -153,16 +153,21 @@ fn a_complete_copy_is_in_the_background_and_its_filter_is_not() {
     let image = site.image("a.img", 0, 4 << 20);
     site.protect("g", &[("a", &image)], &[]);
     site.wait_protected("g");
+    let ours = nice(std::process::id()).1.remove(0);
+    // Who may not take it back leaves its threads alone.
+    let change = |nice| rustix::process::setpriority_process(None, nice).is_ok();
+    let usual = ours.parse().unwrap();
+    let able = std::thread::scope(|s| s.spawn(|| change(19) && change(usual)).join().unwrap());
     for _ in 0..2 {
         let replicator = site.wait_pid("replicator", "g", None);
         wait_until("the copy to be in the background", Duration::from_secs(60), || {
             let (session, threads) = nice(replicator);
-            let all = threads.len() > 1 && threads.iter().all(|nice| nice == "19");
+            let all = threads.len() > 1 && (!able || threads.iter().all(|nice| nice == "19"));
             (all && session.is_none_or(|nice| nice == "19")).then_some(())
         });
         let (session, threads) = nice(site.wait_pid("filter", "g", None));
         assert!(session.is_none_or(|nice| nice == "0"), "who serves clients is not in it");
-        assert!(!threads.is_empty() && threads.iter().all(|nice| nice == "0"), "{threads:?}");
+        assert!(!threads.is_empty() && threads.iter().all(|nice| *nice == ours), "{threads:?}");
         kill_role(&site, "replicator");
         site.wait_pid("replicator", "g", Some(replicator));
     }

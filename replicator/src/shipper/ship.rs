@@ -80,7 +80,8 @@ struct Session<'a> {
     /// The newest Ack's time by the target's clock, and when it was taken by ours.
     ack_us: Option<(u64, u64)>,
     rtt_us: u64,
-    /// Age of the newest recoverable state as of a heartbeat of this time, by our clock.
+    /// Age of the newest recoverable state, told by the target after our heartbeat of this time: so it
+    /// is not older than that and what passed since.
     rpo: Option<(u64, u64)>,
     background: Background,
     rest: Rest,
@@ -281,7 +282,8 @@ impl Session<'_> {
                 }
                 None => self.work(&known, now)?,
             };
-            expected = self.now() + timeout.as_micros() as u64;
+            // From before the work: who is starved may be so in it.
+            expected = now + timeout.as_micros() as u64;
             self.channel.pump(timeout, Some(&self.wake.clone()))?;
         }
         self.channel.send(&FrameBuf::message(Kind::Bye, &())?)?;
