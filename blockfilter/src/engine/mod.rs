@@ -22,6 +22,7 @@ pub mod queue;
 pub mod real;
 pub mod record;
 pub mod uring;
+mod write_out;
 
 /// Bytes that bulk work moves, or one larger piece, before it calls [`give_way`].
 pub const TURN_BYTES: usize = 256 << 10;
@@ -67,6 +68,11 @@ pub trait File: Send + Sync + Debug {
     fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.write_all_at(offset, data)?;
         self.sync_data()
+    }
+    /// Starts writing what is in memory only of a range, and waits for it, where that can be: not durable. An error
+    /// is a failed write, which a later sync may not tell again.
+    fn write_out(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
     }
     /// fdatasync: data and what is needed to read it back is durable.
     fn sync_data(&self) -> io::Result<()>;
@@ -246,6 +252,10 @@ impl File for Latched {
     fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let _one = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
         self.guard(true, |f| f.write_durable_at(offset, data))
+    }
+    fn write_out(&self, offset: u64, len: u64) -> io::Result<()> {
+        let _one = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.guard(true, |f| f.write_out(offset, len))
     }
     fn sync_data(&self) -> io::Result<()> {
         let _one = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);

@@ -20,6 +20,7 @@ use zerocopy::IntoBytes;
 
 use super::bulk::Bulk;
 use super::cpu::{Guest, Offer};
+use super::write_out::Parts;
 use super::{File, Files, TURN_BYTES, give_way};
 use crate::apply::{ApplyOp, SealedBatch, plan};
 use crate::arena::{Arena, Word};
@@ -147,6 +148,8 @@ pub struct Target {
     pub written_again: AtomicU64,
     /// The memory.
     pub arena: Arc<Arena>,
+    /// Clients wait for commits, and none for what a checkpoint frees: it does not hurry.
+    pub calm: AtomicBool,
     /// Where write-back computes while it keeps up.
     pub seat: Arc<Offer>,
     /// For the note.
@@ -164,16 +167,17 @@ pub struct Writes {
     count: AtomicU64,
     /// The count that a question for holes synced.
     seen: Mutex<Option<u64>>,
-}
-
-impl Default for Writes {
-    /// Of what an earlier process wrote nothing is known.
-    fn default() -> Self {
-        Self { dirty: true.into(), count: 0.into(), seen: Mutex::new(None) }
-    }
+    /// Where.
+    parts: Parts,
 }
 
 impl Writes {
+    /// Of a disk of so many bytes. Of what an earlier process wrote nothing is known.
+    pub fn new(size: u64) -> Self {
+        let (count, seen) = (0.into(), Mutex::new(None));
+        Self { dirty: true.into(), count, seen, parts: Parts::new(size) }
+    }
+
     fn mark(&self) {
         self.count.fetch_add(1, Ordering::AcqRel);
         self.dirty.store(true, Ordering::Release);
@@ -264,6 +268,7 @@ impl Target {
         match op {
             ApplyOp::Write { offset, parts } => {
                 let bytes = |(pos, len): &(u64, u64)| self.arena.bytes(*pos, *len);
+                self.writes[usize::from(index)].parts.mark(*offset, op.written());
                 match &parts[..] {
                     [part] => disk.write_vectored_at(*offset, &[bytes(part)]),
                     _ => disk
@@ -288,7 +293,8 @@ impl Target {
         let again = self.written_again.load(Ordering::Acquire);
         for (index, writes) in self.writes.iter().enumerate() {
             if writes.dirty.swap(false, Ordering::AcqRel) {
-                self.sync_disk(index).map_err(|e| (index as u8, e))?;
+                let synced = self.write_out(index).and_then(|()| self.sync_disk(index));
+                synced.map_err(|e| (index as u8, e))?;
             }
         }
         self.written_again.fetch_sub(again, Ordering::AcqRel);
@@ -296,11 +302,33 @@ impl Target {
         Ok(())
     }
 
-    /// Syncs a disk, counted in the arena while it runs: an error is told only once, so one
-    /// that failed or was cut off stays counted.
+    /// Has a disk's device take what was written back, so that the sync behind it is short: for as long as
+    /// nobody waits for that, and once more what came meanwhile. Counted as [`Target::sync_disk`]'s.
+    fn write_out(&self, index: usize) -> io::Result<()> {
+        self.counted(|| {
+            for _ in 0..2 {
+                self.writes[index].parts.take(|offset, len| {
+                    let calm = self.calm.load(Ordering::Relaxed);
+                    if calm {
+                        self.disks[index].write_out(offset, len)?;
+                    }
+                    Ok(calm)
+                })?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Syncs a disk.
     fn sync_disk(&self, index: usize) -> io::Result<()> {
+        self.counted(|| self.disks[index].sync_data())
+    }
+
+    /// Counts in the arena what may be told of a failed write-back, while it runs: it is told only once, so what
+    /// failed or was cut off stays counted.
+    fn counted(&self, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         self.arena.add_word(Word::Syncing, 1);
-        self.disks[index].sync_data()?;
+        sync()?;
         self.arena.add_word(Word::Syncing, -1);
         Ok(())
     }
@@ -540,205 +568,4 @@ fn reset(event: &OwnedFd) {
 const APPLY_COST: u64 = 16 << 10;
 
 #[cfg(test)]
-mod tests {
-    use std::path::Path;
-    use std::sync::atomic::AtomicUsize;
-    use std::time::Duration;
-
-    use crossbeam::channel::bounded;
-    use rustix::thread::{sched_getaffinity, sched_setaffinity};
-
-    use super::*;
-    use crate::arena::{ARENA_MAGIC, ArenaHdr};
-    use crate::engine::Open;
-    use crate::engine::bulk::policy;
-    use crate::engine::cpu::tests::two;
-    use crate::engine::record::SimFiles;
-    use crate::journal::format::{RecDesc, RecOp};
-
-    const LONG: Duration = Duration::from_secs(60);
-
-    /// A disk whose second write waits until told, and that counts its syncs and the processors
-    /// that each write might use, and keeps its policy.
-    #[derive(Debug)]
-    struct Slow {
-        inner: Arc<dyn File>,
-        computed: Mutex<Vec<(u32, i32)>>,
-        begun: Sender<()>,
-        go: Receiver<()>,
-        syncs: AtomicUsize,
-        broken: AtomicBool,
-    }
-
-    impl File for Slow {
-        fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-            self.inner.read_exact_at(offset, buf)
-        }
-        fn write_all_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-            let might_use = sched_getaffinity(None).unwrap().count();
-            self.computed.lock().unwrap().push((might_use, policy()));
-            if offset > 0 {
-                self.begun.send(()).unwrap();
-                self.go.recv_timeout(LONG).unwrap();
-            }
-            self.inner.write_all_at(offset, data)
-        }
-        fn sync_data(&self) -> io::Result<()> {
-            self.syncs.fetch_add(1, Ordering::SeqCst);
-            match self.broken.load(Ordering::SeqCst) {
-                true => Err(io::Error::other("broken")),
-                false => self.inner.sync_data(),
-            }
-        }
-        fn len(&self) -> io::Result<u64> {
-            self.inner.len()
-        }
-        fn set_len(&self, len: u64) -> io::Result<()> {
-            self.inner.set_len(len)
-        }
-        fn allocate(&self, offset: u64, len: u64) -> io::Result<()> {
-            self.inner.allocate(offset, len)
-        }
-        fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
-            self.inner.punch(offset, len)
-        }
-        fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
-            self.inner.next_data(offset)
-        }
-        fn fd(&self) -> Option<BorrowedFd<'_>> {
-            None
-        }
-    }
-
-    fn target(dir: &Path) -> (Arc<Target>, Arc<Slow>, Receiver<()>, Sender<()>) {
-        let files = SimFiles::new();
-        let inner = files.open(Path::new("/d"), Open::CreateNew).unwrap();
-        inner.set_len(1 << 20).unwrap();
-        let ((begun, has_begun), (tell, go)) = (bounded(1), bounded(1));
-        let (syncs, broken, computed) = Default::default();
-        let slow = Arc::new(Slow { inner, computed, begun, go, syncs, broken });
-        let size = 65536.into();
-        let hdr = ArenaHdr { magic: ARENA_MAGIC, version: 1.into(), size, ..Default::default() };
-        let arena = Arena::create(&dir.join("arena"), &hdr).unwrap();
-        arena.set_bounds(0, 0);
-        arena.fill(0, &[7; 8192]);
-        arena.advance_head(8192);
-        let target = Target {
-            journal: files.open(Path::new("/j"), Open::CreateNew).unwrap(),
-            disks: vec![slow.clone()],
-            holes: vec![true],
-            writes: vec![Writes::default()],
-            written_again: 0.into(),
-            arena: Arc::new(arena),
-            seat: Arc::default(),
-            files: Arc::new(files),
-            marker: "/unjournaled".into(),
-        };
-        (Arc::new(target), slow, has_begun, tell)
-    }
-
-    /// Writes a block at each of these offsets of the first disk.
-    fn batch(offsets: &[u64]) -> SealedBatch {
-        let desc = |offset: &u64| RecDesc {
-            op: RecOp::Write as u8,
-            offset: (*offset).into(),
-            len: 4096.into(),
-            ..RecDesc::default()
-        };
-        let descs = offsets.iter().map(desc).collect();
-        SealedBatch { lsn: 0, end: 8192, hdr_crc: 0, descs }
-    }
-
-    /// I6: what is written while a sync runs is not taken for synced by it.
-    #[test]
-    fn a_sync_in_the_midst_of_an_apply_does_not_count_for_its_rest() {
-        let dir = tempfile::tempdir().unwrap();
-        let (target, slow, has_begun, tell) = target(dir.path());
-        let apply = Op::Apply(vec![batch(&[0, 8192])]);
-        std::thread::scope(|scope| {
-            let applying = scope.spawn(|| target.execute(apply));
-            has_begun.recv_timeout(LONG).unwrap();
-            assert!(matches!(target.execute(Op::SyncDisks), Done::SyncDisks(Ok(()))));
-            tell.send(()).unwrap();
-            assert!(matches!(applying.join().unwrap(), Done::Apply(Ok(()))));
-        });
-        assert!(matches!(target.execute(Op::SyncDisks), Done::SyncDisks(Ok(()))));
-        assert_eq!(slow.syncs.load(Ordering::SeqCst), 2);
-        assert_eq!(target.arena.word(Word::Syncing), 0);
-    }
-
-    #[test]
-    fn write_back_computes_where_it_is_offered_a_seat_and_in_bulk_while_it_keeps_up() {
-        let dir = tempfile::tempdir().unwrap();
-        let (target, slow, has_begun, tell) = target(dir.path());
-        let (before, allowed) = two();
-        target.seat.set(Some(rustix::thread::sched_getcpu()));
-        // A turn and one more.
-        let blocks: Vec<u64> = (0..14).map(|i| i * 8192).collect();
-        std::thread::scope(|scope| {
-            let all = scope.spawn(|| {
-                let done = target.execute(Op::Apply(vec![batch(&blocks)]));
-                (done, sched_getaffinity(None).unwrap(), policy())
-            });
-            for _ in 1..blocks.len() {
-                has_begun.recv_timeout(LONG).unwrap();
-                // Most of the memory waits for it.
-                target.arena.advance_head(60_000);
-                tell.send(()).unwrap();
-            }
-            let (done, after, then) = all.join().unwrap();
-            assert!(matches!(done, Done::Apply(Ok(()))));
-            assert_eq!((after, then), (allowed, libc::SCHED_OTHER));
-        });
-        let mut expected = vec![(1, libc::SCHED_BATCH); 13];
-        expected.push((allowed.count(), libc::SCHED_OTHER));
-        assert_eq!(*slow.computed.lock().unwrap(), expected);
-        sched_setaffinity(None, &before).unwrap();
-    }
-
-    /// What was written again counts as unsynced until a sync of all disks succeeded.
-    #[test]
-    fn what_was_written_again_stays_noted_until_it_is_synced() {
-        let dir = tempfile::tempdir().unwrap();
-        let (target, slow, ..) = target(dir.path());
-        target.arena.set_word(Word::Syncing, 3);
-        target.written_again.store(3, Ordering::SeqCst);
-        slow.broken.store(true, Ordering::SeqCst);
-        assert!(matches!(target.execute(Op::SyncDisks), Done::SyncDisks(Err(_))));
-        assert_eq!(target.arena.word(Word::Syncing), 4);
-        slow.broken.store(false, Ordering::SeqCst);
-        target.writes[0].mark();
-        assert!(matches!(target.execute(Op::SyncDisks), Done::SyncDisks(Ok(()))));
-        assert_eq!(target.arena.word(Word::Syncing), 1);
-    }
-
-    #[test]
-    fn a_question_for_holes_syncs_only_what_was_written_since_the_last() {
-        let dir = tempfile::tempdir().unwrap();
-        let (target, slow, ..) = target(dir.path());
-        let ask = || {
-            let question = Op::Extents { token: 1, disk: 0, ranges: vec![(0, 4096)], max: 1 };
-            assert!(matches!(target.execute(question), Done::Extents { result: Ok(_), .. }));
-            slow.syncs.load(Ordering::SeqCst)
-        };
-        assert_eq!((ask(), ask()), (1, 1));
-        let apply = Op::Apply(vec![batch(&[0])]);
-        assert!(matches!(target.execute(apply), Done::Apply(Ok(()))));
-        assert_eq!((ask(), ask()), (2, 2));
-        assert!(matches!(target.execute(Op::SyncDisks), Done::SyncDisks(Ok(()))));
-        assert_eq!(slow.syncs.load(Ordering::SeqCst), 3, "the checkpoint's sync is its own");
-    }
-
-    /// Whoever is told of a failed sync, the next start must know.
-    #[test]
-    fn a_sync_that_failed_in_a_query_of_holes_stays_noted() {
-        let dir = tempfile::tempdir().unwrap();
-        let (target, slow, ..) = target(dir.path());
-        slow.broken.store(true, Ordering::SeqCst);
-        let query = Op::Extents { token: 1, disk: 0, ranges: vec![(0, 4096)], max: 1 };
-        assert!(matches!(target.execute(query), Done::Extents { result: Err(_), .. }));
-        slow.broken.store(false, Ordering::SeqCst);
-        assert!(matches!(target.execute(Op::SyncDisks), Done::SyncDisks(Ok(()))));
-        assert_ne!(target.arena.word(Word::Syncing), 0);
-    }
-}
+mod tests;

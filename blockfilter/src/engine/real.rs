@@ -12,6 +12,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
+use super::write_out::write_out;
 use super::{Clock, File, Files, Open};
 
 /// The machine's clocks.
@@ -237,6 +238,10 @@ impl File for RealFile {
             let slice = [IoSlice::new(data)];
             rustix::io::pwritev2(&self.file, &slice, offset, ReadWriteFlags::DSYNC)
         })
+    }
+
+    fn write_out(&self, offset: u64, len: u64) -> io::Result<()> {
+        write_out(self.file.as_fd(), offset, len)
     }
 
     fn sync_data(&self) -> io::Result<()> {

@@ -355,6 +355,11 @@ impl Filter {
         }
     }
 
+    /// A record waits for room, or the disks must be written before anything else: what makes room must be quick.
+    pub fn is_pressed(&self) -> bool {
+        self.pressed.is_some() || self.drain || self.mode == Mode::Unjournaled
+    }
+
     /// The commit is awaited, and nothing else of the journal is being synced.
     pub fn commits_at_once(&self) -> bool {
         self.is_awaited() && self.writing_sup.is_none()

@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::landing::Landing;
 use crate::apply::SealedBatch;
@@ -143,6 +144,7 @@ pub struct Volume {
     /// See [`Volume::set_alone`], and until when it is not acted upon.
     alone: bool,
     here: Here,
+    calm: Calm,
     writes: u64,
     write_bytes: u64,
 }
@@ -184,6 +186,7 @@ impl Volume {
             journal_error: None,
             alone: false,
             here: Here::default(),
+            calm: Calm::default(),
             writes: 0,
             write_bytes: 0,
         }
@@ -275,6 +278,8 @@ impl Volume {
 
     /// As [`Volume::flush`], for a position.
     pub fn wait_durable(&mut self, pos: u64, token: u64) -> bool {
+        // Also where it was foreseen, and is durable already.
+        self.calm.awaited();
         !self.filter.wait_durable(pos, token)
     }
 
@@ -363,6 +368,8 @@ impl Volume {
                 break;
             }
         }
+        let calm = self.calm.look(now, self.filter.is_pressed());
+        self.target.calm.store(calm, Ordering::Relaxed);
         self.publish();
         while let Some((token, durable)) = self.filter.poll_waiter() {
             events.push(match durable {
@@ -673,6 +680,31 @@ impl Here {
     }
 }
 
+/// Clients wait for commits if one did in the last so many microseconds.
+const AWAITED_LATELY: u64 = 1_000_000;
+/// Whether a checkpoint stands in somebody's way, and nobody waits for it. (pure)
+#[derive(Debug, Default)]
+struct Calm {
+    /// Somebody waited for a commit since the last look.
+    awaited: bool,
+    /// When that was so last.
+    at: Option<u64>,
+}
+
+impl Calm {
+    fn awaited(&mut self) {
+        self.awaited = true;
+    }
+
+    /// `pressed`: somebody waits for the checkpoint.
+    fn look(&mut self, now: u64, pressed: bool) -> bool {
+        if std::mem::take(&mut self.awaited) {
+            self.at = Some(now);
+        }
+        !pressed && self.at.is_some_and(|at| now < at + AWAITED_LATELY)
+    }
+}
+
 /// Most bytes of a disk with unapplied writes that one question for extents is answered for.
 const EXTENTS_BYTES: u64 = 64 << 20;
 /// What a question for extents counts, bytes: more than its pieces and the longest answer in both
@@ -699,6 +731,17 @@ const HERE_LATELY: u64 = 5_000;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_checkpoint_is_calm_for_a_while_after_a_flush_unless_somebody_waits_for_it() {
+        let mut calm = Calm::default();
+        assert!(!calm.look(0, false));
+        calm.awaited();
+        assert!(!calm.look(7, true) && calm.look(7, false));
+        assert!(calm.look(6 + AWAITED_LATELY, false) && !calm.look(7 + AWAITED_LATELY, false));
+        calm.awaited();
+        assert!(calm.look(8 + AWAITED_LATELY, false));
+    }
 
     #[test]
     fn slow_commits_of_seconds_at_most_keep_the_thread_for_a_sixteenth_of_the_time_at_most() {
