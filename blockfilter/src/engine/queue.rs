@@ -148,7 +148,7 @@ pub struct Target {
     pub written_again: AtomicU64,
     /// The memory.
     pub arena: Arc<Arena>,
-    /// Clients wait for commits, and none for what a checkpoint frees: it does not hurry.
+    /// Clients wait for commits, and none for room: a checkpoint does not hurry.
     pub calm: AtomicBool,
     /// Where write-back computes while it keeps up.
     pub seat: Arc<Offer>,

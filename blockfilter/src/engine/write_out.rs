@@ -2,7 +2,7 @@
 //!
 //! `fdatasync(2)` of an image hands the device all its dirty pages at once, and whoever commits meanwhile
 //! waits behind them: with 1 GiB of them each commit took 8 ms for 0.7 s. So a checkpoint beside clients that wait
-//! for commits first writes part by part what was written back since the last one, each time waiting until the device
+//! for commits first writes part by part what was written back since the last that did this, each time waiting until the device
 //! has it (`sync_file_range(2)`), as PostgreSQL's `checkpoint_flush_after` does. That makes
 //! nothing durable; the sync behind it does, and finds little left.
 
@@ -59,7 +59,10 @@ impl Parts {
 /// Writes the dirty pages of a range, and waits for it; not durable. An error is a failed write-back, which no
 /// later sync may be told of.
 pub(super) fn write_out(file: BorrowedFd<'_>, offset: u64, len: u64) -> io::Result<()> {
-    let (Ok(offset), Ok(len)) = (offset.try_into(), len.try_into()) else { return Ok(()) };
+    let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) else { return Ok(()) };
+    if offset.checked_add(len).is_none() {
+        return Ok(());
+    }
     let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
         | libc::SYNC_FILE_RANGE_WRITE
         | libc::SYNC_FILE_RANGE_WAIT_AFTER;
@@ -69,15 +72,15 @@ pub(super) fn write_out(file: BorrowedFd<'_>, offset: u64, len: u64) -> io::Resu
     }
     let error = io::Error::last_os_error();
     match error.raw_os_error() {
-        // Not for this kind of file, or not now: what follows syncs it all the same.
-        Some(libc::EINVAL | libc::ESPIPE | libc::ENOSYS | libc::EINTR | libc::ENOMEM) => Ok(()),
+        // Not for this kind of file, or of kernel: what follows syncs it all the same. Any other may be a write-back's.
+        Some(libc::ESPIPE | libc::ENOSYS) => Ok(()),
         _ => Err(error),
     }
 }
 
 /// Bytes of a part, at least.
 const PART_BYTES: u64 = 256 << 10;
-/// Parts of a disk, at most: 32 KiB of memory, and as many calls of a microsecond where nothing is dirty.
+/// Parts of a disk, at most: 32 KiB of memory, and as many calls where nothing is dirty.
 const PARTS_MAX: u64 = 1 << 18;
 
 #[cfg(test)]

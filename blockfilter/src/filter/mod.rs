@@ -355,9 +355,11 @@ impl Filter {
         }
     }
 
-    /// A record waits for room, or the disks must be written before anything else: what makes room must be quick.
+    /// A record waits for room or may soon, everything is to be written back, or only the disks make anything durable:
+    /// a checkpoint must be quick.
     pub fn is_pressed(&self) -> bool {
-        self.pressed.is_some() || self.drain || self.mode == Mode::Unjournaled
+        let scarce = self.slots.free() <= self.slots.reserve();
+        scarce || self.pressed.is_some() || self.drain || self.mode == Mode::Unjournaled
     }
 
     /// The commit is awaited, and nothing else of the journal is being synced.

@@ -337,6 +337,9 @@ impl Volume {
             self.free_at = now + SPACE_CHECK_EVERY;
             self.check_space();
         }
+        // Before a checkpoint begins.
+        let calm = self.calm.look(now, self.filter.is_pressed());
+        self.target.calm.store(calm, Ordering::Relaxed);
         let mut room = false;
         loop {
             let mut done = std::mem::take(&mut self.done);
@@ -368,8 +371,6 @@ impl Volume {
                 break;
             }
         }
-        let calm = self.calm.look(now, self.filter.is_pressed());
-        self.target.calm.store(calm, Ordering::Relaxed);
         self.publish();
         while let Some((token, durable)) = self.filter.poll_waiter() {
             events.push(match durable {
@@ -644,6 +645,13 @@ fn merge_extents(pieces: &[Piece], from_disk: Vec<Vec<Extent>>) -> Vec<Extent> {
     merged
 }
 
+impl Drop for Volume {
+    fn drop(&mut self) {
+        // Nobody takes a turn any more, and the engine waits for what is under way.
+        self.target.calm.store(false, Ordering::Relaxed);
+    }
+}
+
 /// When commits are made in the group's thread. (pure)
 #[derive(Debug, Default)]
 struct Here {
@@ -682,7 +690,7 @@ impl Here {
 
 /// Clients wait for commits if one did in the last so many microseconds.
 const AWAITED_LATELY: u64 = 1_000_000;
-/// Whether a checkpoint stands in somebody's way, and nobody waits for it. (pure)
+/// Whether a checkpoint stands in somebody's way, and need not be quick. (pure)
 #[derive(Debug, Default)]
 struct Calm {
     /// Somebody waited for a commit since the last look.
@@ -696,7 +704,7 @@ impl Calm {
         self.awaited = true;
     }
 
-    /// `pressed`: somebody waits for the checkpoint.
+    /// `pressed`: the checkpoint must be quick.
     fn look(&mut self, now: u64, pressed: bool) -> bool {
         if std::mem::take(&mut self.awaited) {
             self.at = Some(now);

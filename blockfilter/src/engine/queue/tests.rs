@@ -4,6 +4,7 @@
 
 use std::path::Path;
 use std::sync::atomic::AtomicUsize;
+use std::sync::{OnceLock, Weak};
 use std::time::Duration;
 
 use crossbeam::channel::bounded;
@@ -11,13 +12,15 @@ use rustix::thread::{sched_getaffinity, sched_setaffinity};
 
 use super::*;
 use crate::arena::{ARENA_MAGIC, ArenaHdr};
-use crate::engine::Open;
 use crate::engine::bulk::policy;
 use crate::engine::cpu::tests::two;
 use crate::engine::record::SimFiles;
+use crate::engine::{Latched, Open};
 use crate::journal::format::{RecDesc, RecOp};
 
 const LONG: Duration = Duration::from_secs(60);
+
+type Meanwhile = (Weak<Target>, fn(&Target));
 
 /// A disk whose second write waits until told, and that counts its syncs and the processors
 /// that each write might use, and keeps its policy.
@@ -31,6 +34,8 @@ struct Slow {
     broken: AtomicBool,
     /// What was written out, before how many syncs.
     out: Mutex<Vec<(u64, usize)>>,
+    /// Done for the first of these.
+    meanwhile: OnceLock<Meanwhile>,
 }
 
 impl File for Slow {
@@ -48,6 +53,9 @@ impl File for Slow {
     }
     fn write_out(&self, offset: u64, _len: u64) -> io::Result<()> {
         self.out.lock().unwrap().push((offset, self.syncs.load(Ordering::SeqCst)));
+        if let (Some((target, act)), true) = (self.meanwhile.get(), offset == 0) {
+            act(&target.upgrade().unwrap());
+        }
         match self.broken.load(Ordering::SeqCst) {
             true => Err(io::Error::other("broken")),
             false => Ok(()),
@@ -85,8 +93,8 @@ fn target(dir: &Path) -> (Arc<Target>, Arc<Slow>, Receiver<()>, Sender<()>) {
     let inner = files.open(Path::new("/d"), Open::CreateNew).unwrap();
     inner.set_len(1 << 20).unwrap();
     let ((begun, has_begun), (tell, go)) = (bounded(1), bounded(1));
-    let (syncs, broken, computed, out) = Default::default();
-    let slow = Arc::new(Slow { inner, computed, begun, go, syncs, broken, out });
+    let (syncs, broken, computed, out, meanwhile) = Default::default();
+    let slow = Arc::new(Slow { inner, computed, begun, go, syncs, broken, out, meanwhile });
     let size = 65536.into();
     let hdr = ArenaHdr { magic: ARENA_MAGIC, version: 1.into(), size, ..Default::default() };
     let arena = Arena::create(&dir.join("arena"), &hdr).unwrap();
@@ -213,33 +221,58 @@ fn a_sync_that_failed_in_a_query_of_holes_stays_noted() {
     assert_ne!(target.arena.word(Word::Syncing), 0);
 }
 
-/// What a checkpoint writes out of a disk of which the first and the third part were written.
-fn written_out(calm: bool, broken: bool) -> (Vec<(u64, usize)>, Done, i64) {
+/// What a calm checkpoint writes out of a disk of which the first and the fourth part were written, and what it
+/// says; `meanwhile` is done beside the first.
+fn written_out(
+    prepare: fn(&Target, &Slow),
+    meanwhile: fn(&Target),
+) -> (Vec<(u64, usize)>, [Done; 2], u64) {
     let dir = tempfile::tempdir().unwrap();
-    let (target, slow, ..) = target(dir.path());
-    target.calm.store(calm, Ordering::SeqCst);
+    let (mut target, slow, ..) = target(dir.path());
+    let disk = Latched::retried_when_full(slow.clone());
+    Arc::get_mut(&mut target).unwrap().disks = vec![Arc::new(disk)];
+    target.calm.store(true, Ordering::SeqCst);
     let apply = Op::Apply(vec![batch(&[0])]);
     assert!(matches!(target.execute(apply), Done::Apply(Ok(()))));
-    target.writes[0].parts.mark(3 << 18, 4096);
-    slow.broken.store(broken, Ordering::SeqCst);
-    let done = target.execute(Op::SyncDisks);
+    target.writes[0].parts.mark(3 * PART, 4096);
+    slow.meanwhile.set((Arc::downgrade(&target), meanwhile)).unwrap();
+    prepare(&target, &slow);
+    let first = target.execute(Op::SyncDisks);
+    slow.broken.store(false, Ordering::SeqCst);
+    target.writes[0].mark();
     let out = slow.out.lock().unwrap().clone();
-    (out, done, target.arena.word(Word::Syncing) as i64)
+    let unsure = target.arena.word(Word::Syncing);
+    (out, [first, target.execute(Op::SyncDisks)], unsure)
 }
+
+const PART: u64 = 256 << 10;
 
 #[test]
 fn a_checkpoint_beside_clients_that_wait_for_commits_writes_out_before_it_syncs() {
-    let (out, done, unsure) = written_out(true, false);
-    assert_eq!(out, [(0, 0), (3 << 18, 0)]);
-    assert!(matches!(done, Done::SyncDisks(Ok(()))) && unsure == 0);
-    let (out, done, _) = written_out(false, false);
-    assert!(out.is_empty() && matches!(done, Done::SyncDisks(Ok(()))), "it hurries");
+    let (out, done, unsure) = written_out(|_, _| {}, |_| {});
+    assert_eq!(out, [(0, 0), (3 * PART, 0)]);
+    assert!(matches!(done, [Done::SyncDisks(Ok(())), Done::SyncDisks(Ok(()))]) && unsure == 0);
+    let (out, ..) = written_out(|_, _| {}, |target| target.writes[0].parts.mark(PART, 1));
+    assert_eq!(out, [(0, 0), (3 * PART, 0), (PART, 0)], "and what came meanwhile");
+}
+
+#[test]
+fn a_checkpoint_that_must_be_quick_only_syncs() {
+    let hurry = |target: &Target| target.calm.store(false, Ordering::SeqCst);
+    let (out, done, _) =
+        written_out(|target, _| target.calm.store(false, Ordering::SeqCst), |_| {});
+    assert!(out.is_empty() && matches!(done[0], Done::SyncDisks(Ok(()))));
+    let (out, done, _) = written_out(|_, _| {}, hurry);
+    assert_eq!(out, [(0, 0)], "it finds out in the midst of it");
+    assert!(matches!(done[0], Done::SyncDisks(Ok(()))));
 }
 
 /// The sync behind it might not be told.
 #[test]
-fn a_write_back_that_fails_while_it_is_written_out_fails_the_checkpoint_and_stays_noted() {
-    let (out, done, unsure) = written_out(true, true);
+fn a_write_back_that_fails_while_it_is_written_out_is_final_and_stays_noted() {
+    let (out, done, unsure) =
+        written_out(|_, slow| slow.broken.store(true, Ordering::SeqCst), |_| {});
     assert_eq!(out, [(0, 0)]);
-    assert!(matches!(done, Done::SyncDisks(Err((0, _)))) && unsure == 1);
+    assert!(matches!(done[0], Done::SyncDisks(Err((0, _)))) && unsure == 1);
+    assert!(matches!(done[1], Done::SyncDisks(Err(_))), "though the disk says that it is well");
 }
