@@ -1,7 +1,7 @@
 //! Writes a disk's dirty pages out in small parts before they are synced.
 //!
 //! `fdatasync(2)` of an image hands the device all its dirty pages at once, and whoever commits meanwhile
-//! waits behind them: with 1 GiB of them each commit took 8 ms for 0.7 s. So a checkpoint beside clients that wait
+//! waits behind them: with 1 GiB of them a commit took 3 to 8 ms for 0.7 s. So a checkpoint beside clients that wait
 //! for commits first writes part by part what was written back since the last that did this, each time waiting until the device
 //! has it (`sync_file_range(2)`), as PostgreSQL's `checkpoint_flush_after` does. That makes
 //! nothing durable; the sync behind it does, and finds little left.
