@@ -90,6 +90,9 @@ pub struct Positions {
     pub mode: Mode,
     /// The filter's monotonic clock at this answer, microseconds.
     pub mono_us: u64,
+    /// The processor that the group's thread holds: a copy on this machine leaves it free while it can.
+    #[serde(default)]
+    pub held_cpu: Option<u32>,
 }
 
 /// What the journal keeps for the target.

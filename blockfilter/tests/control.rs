@@ -4,14 +4,21 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use blockfilter::config::GroupPaths;
 use blockfilter::control::{Reply, Request};
-use blockfilter::engine::real::RealFiles;
+use blockfilter::engine::Clock;
+use blockfilter::engine::real::{RealClock, RealFiles};
 use blockfilter::group;
 use blockfilter::names::Lsn;
+use blockfilter::nbd::client::{Client, ClientConfig};
+use blockfilter::nbd::listen::Address;
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 #[path = "common/sim.rs"]
 #[allow(dead_code, reason = "shared with other tests")]
@@ -30,35 +37,114 @@ fn an_older_replicator_claims_no_complete_copy_and_more_fields_are_ignored() {
     assert_eq!(serde_json::from_value::<Request>(json).unwrap(), older);
 }
 
+const PATIENCE_US: u64 = 20_000_000;
+
+/// A group that runs, and a connection to its control socket.
+struct Running {
+    site: sim::Site,
+    paths: GroupPaths,
+    filter: JoinHandle<()>,
+    stream: UnixStream,
+    lines: std::io::Lines<BufReader<UnixStream>>,
+}
+
+impl Running {
+    fn start(dir: &std::path::Path) -> Self {
+        let site = sim::site(dir, 6);
+        site.create(&RealFiles);
+        let paths = GroupPaths::new(dir, &site.config.group);
+        std::fs::create_dir_all(paths.dir()).unwrap();
+        let (ready, is_ready) = channel();
+        let (config, at) = (site.config.clone(), paths.clone());
+        let run = move || group::run(&config, &at, || ready.send(()).unwrap()).unwrap();
+        let filter = std::thread::spawn(run);
+        is_ready.recv_timeout(Duration::from_secs(60)).unwrap();
+        let stream = UnixStream::connect(paths.filter_socket()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+        Self { site, paths, filter, stream, lines }
+    }
+
+    fn ask(&mut self, requests: &[&Request]) {
+        let mut text = Vec::new();
+        for request in requests {
+            serde_json::to_writer(&mut text, request).unwrap();
+            text.push(b'\n');
+        }
+        self.stream.write_all(&text).unwrap();
+    }
+
+    fn next(&mut self) -> Reply {
+        let line = self.lines.next().unwrap().expect("an answer within 20 s");
+        serde_json::from_str(&line).unwrap()
+    }
+
+    fn held_cpu(&mut self, wait: &Request) -> Option<u32> {
+        self.ask(&[wait]);
+        match self.next() {
+            Reply::Positions(positions) => positions.held_cpu,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
 /// Requests sent in one go are all answered, in order, also behind one that had to wait.
 #[test]
 fn requests_behind_one_that_waits_are_answered() {
     let dir = tempfile::tempdir().unwrap();
-    let site = sim::site(dir.path(), 6);
-    site.create(&RealFiles);
-    let paths = GroupPaths::new(dir.path(), &site.config.group);
-    std::fs::create_dir_all(paths.dir()).unwrap();
-    let (ready, is_ready) = channel();
-    let (config, at) = (site.config.clone(), paths.clone());
-    let filter = std::thread::spawn(move || group::run(&config, &at, || ready.send(()).unwrap()));
-    is_ready.recv_timeout(Duration::from_secs(60)).unwrap();
-    let mut stream = UnixStream::connect(paths.filter_socket()).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut group = Running::start(dir.path());
     let wait = Request::Wait { after: Some(Lsn(u64::MAX)), ship_floor: None, timeout_ms: 50 };
-    let mut text = Vec::new();
-    for request in [&wait, &Request::Status, &Request::Commit, &Request::Stop { drain: true }] {
-        serde_json::to_writer(&mut text, request).unwrap();
-        text.push(b'\n');
+    group.ask(&[&wait, &Request::Status, &Request::Commit, &Request::Stop { drain: true }]);
+    assert!(matches!(group.next(), Reply::Positions(_)));
+    assert!(matches!(group.next(), Reply::Status(_)));
+    assert!(matches!(group.next(), Reply::Positions(_)));
+    assert!(matches!(group.next(), Reply::Stopped));
+    group.filter.join().unwrap();
+}
+
+/// Where there are two, while its clients keep it busy and somebody follows as a copy does.
+#[test]
+fn who_follows_is_told_of_the_processor_that_a_busy_group_holds() {
+    let allowed = sched_getaffinity(None).unwrap();
+    let mut two = CpuSet::new();
+    (0..CpuSet::MAX_CPU).filter(|c| allowed.is_set(*c)).take(2).for_each(|c| two.set(c));
+    // What is started from here on may use no other.
+    sched_setaffinity(None, &two).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let mut group = Running::start(dir.path());
+    let address = Address::Unix(group.paths.nbd_socket());
+    let export = group.site.config.export(&group.site.config.disks[0].disk);
+    let clock: Arc<dyn Clock> = Arc::new(RealClock::new());
+    let client = Client::connect(ClientConfig::new(address, &export), clock.clone()).unwrap();
+    let idle = Request::Wait { after: None, ship_floor: None, timeout_ms: 0 };
+    let follow = Request::Wait { after: Some(Lsn(u64::MAX)), ship_floor: None, timeout_ms: 5 };
+    let stop = AtomicBool::new(false);
+    let expected = two.count() == 2;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::SeqCst) {
+                client.write(0, &[7; 4096], false).unwrap();
+            }
+        });
+        assert_eq!(group.held_cpu(&idle), None, "nobody follows");
+        let until = clock.mono_us() + PATIENCE_US;
+        let held = loop {
+            let held = group.held_cpu(&follow);
+            if held.is_some() || !expected || clock.mono_us() > until {
+                break held;
+            }
+        };
+        stop.store(true, Ordering::SeqCst);
+        assert_eq!(held.is_some(), expected);
+        assert!(held.is_none_or(|cpu| two.is_set(cpu as usize)));
+    });
+    // It has nothing to do any more.
+    let until = clock.mono_us() + PATIENCE_US;
+    while group.held_cpu(&follow).is_some() {
+        assert!(clock.mono_us() < until, "it is still held");
     }
-    stream.write_all(&text).unwrap();
-    let mut lines = BufReader::new(stream).lines();
-    let mut next = || -> Reply {
-        let line = lines.next().unwrap().expect("an answer within 20 s");
-        serde_json::from_str(&line).unwrap()
-    };
-    assert!(matches!(next(), Reply::Positions(_)));
-    assert!(matches!(next(), Reply::Status(_)));
-    assert!(matches!(next(), Reply::Positions(_)));
-    assert!(matches!(next(), Reply::Stopped));
-    filter.join().unwrap().unwrap();
+    drop(client);
+    group.ask(&[&Request::Stop { drain: true }]);
+    assert!(matches!(group.next(), Reply::Stopped));
+    group.filter.join().unwrap();
 }

@@ -127,6 +127,11 @@ impl Background {
         (self.is != Some(wanted)).then_some(wanted)
     }
 
+    /// Whether it is in the background.
+    pub(crate) fn is(&self) -> bool {
+        self.is == Some(true)
+    }
+
     /// What came of setting that. If it failed it is tried again.
     pub(crate) fn tried(&mut self, now_us: u64, background: bool, done: bool) {
         self.due = now_us + PAUSE_US;

@@ -135,6 +135,10 @@ pub struct Heartbeat {
     /// The newest Ack of this session; without it nothing is proved of time.
     #[serde(default)]
     pub echo: Option<Echo>,
+    /// A processor of the source's that a target on the same machine leaves free. Another one does not
+    /// look at it.
+    #[serde(default)]
+    pub held_cpu: Option<u32>,
 }
 
 /// An Ack's time, returned. Sent at least `held_us` after `mono_us` by the target's

@@ -345,7 +345,7 @@ mod tests {
 
     fn beat(admitted: u64, age_us: u64, mono_us: u64, held_us: u64) -> Heartbeat {
         let echo = Some(Echo { mono_us, held_us });
-        Heartbeat { admitted: Lsn(admitted), age_us, mono_us: 0, echo }
+        Heartbeat { admitted: Lsn(admitted), age_us, mono_us: 0, echo, held_cpu: None }
     }
 
     #[test]
@@ -391,8 +391,7 @@ mod tests {
             let slow = if step % 300 > 200 { 5_000_000 } else { 1_000 };
             let known = sent - random(60_000);
             let echo = (taken > 0).then(|| Echo { mono_us: acked, held_us: sent - taken });
-            let beat =
-                Heartbeat { admitted: Lsn(known), age_us: sent - known, mono_us: sent, echo };
+            let beat = Heartbeat { mono_us: sent, echo, ..beat(known, sent - known, 0, 0) };
             arrived = (sent + BEHIND + random(slow)).max(arrived);
             rpo.beat(&beat, arrived);
             held = known.saturating_sub(random(200_000)).max(held);

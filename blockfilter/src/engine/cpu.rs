@@ -1,4 +1,4 @@
-//! Which processors a thread may use: held on one for a while, or moved off one.
+//! Which processors a thread may use: held on one or off one for a while, or moved off one.
 //!
 //! What others chose for a thread, before or meanwhile, stays, but for one thing: who chooses the
 //! very processor that it is held on is not told from us.
@@ -7,7 +7,34 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 
-/// The calling thread, kept on one processor until this is dropped, by the same thread.
+/// Where one thread asks others to compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Place {
+    /// Wherever they like.
+    #[default]
+    Anywhere,
+    /// On this processor.
+    On(usize),
+    /// On any other.
+    Off(usize),
+}
+
+impl Place {
+    /// Off this processor, if there is one.
+    pub fn leaving_free(cpu: Option<u32>) -> Self {
+        cpu.map_or(Self::Anywhere, |cpu| Self::Off(cpu as usize))
+    }
+
+    /// The processor that they leave to others.
+    pub fn left_free(self) -> Option<u32> {
+        match self {
+            Self::Off(cpu) => u32::try_from(cpu).ok(),
+            Self::Anywhere | Self::On(_) => None,
+        }
+    }
+}
+
+/// The calling thread, kept in a place until this is dropped, by the same thread.
 #[derive(Debug)]
 pub(crate) struct Hold {
     here: CpuSet,
@@ -16,15 +43,21 @@ pub(crate) struct Hold {
 }
 
 impl Hold {
-    /// On processor `cpu`. None if the thread may not use it, or no other.
-    /// `all`: see [`all_allowed`].
-    pub(crate) fn on(cpu: usize, all: Option<CpuSet>) -> Option<Self> {
+    /// None if the thread may not use that processor, or no other, and so where there is nothing to
+    /// keep. `all`: see [`all_allowed`].
+    pub(crate) fn at(place: Place, all: Option<CpuSet>) -> Option<Self> {
+        let (Place::On(cpu) | Place::Off(cpu)) = place else { return None };
         let allowed = sched_getaffinity(None).ok()?;
-        if allowed.count() < 2 || !allowed.is_set(cpu) {
+        if allowed.count() < 2 || cpu >= CpuSet::MAX_CPU || !allowed.is_set(cpu) {
             return None;
         }
-        let mut here = CpuSet::new();
-        here.set(cpu);
+        let mut here = allowed;
+        if matches!(place, Place::On(_)) {
+            here.clear();
+            here.set(cpu);
+        } else {
+            here.unset(cpu);
+        }
         sched_setaffinity(None, &here).ok()?;
         Some(Self { here, before: back_to(allowed, all) })
     }
@@ -43,36 +76,47 @@ impl Drop for Hold {
     }
 }
 
-/// A processor that one thread offers to another, or none.
+/// A [`Place`] that one thread tells others: a hint, which may be an old one.
 #[derive(Debug, Default)]
 pub struct Offer(AtomicU32);
 
 impl Offer {
     /// From now on.
-    pub(crate) fn set(&self, cpu: Option<usize>) {
-        self.0.store(cpu.map_or(0, |cpu| cpu as u32 + 1), Ordering::Relaxed);
+    pub fn set(&self, place: Place) {
+        let word = match place {
+            Place::Anywhere => 0,
+            Place::On(cpu) => cpu * 2 + 2,
+            Place::Off(cpu) => cpu * 2 + 3,
+        };
+        self.0.store(word as u32, Ordering::Relaxed);
     }
 
-    /// A hint: it may be an old one.
-    pub(crate) fn get(&self) -> Option<usize> {
-        Some(self.0.load(Ordering::Relaxed).checked_sub(1)? as usize)
+    /// As last told.
+    pub fn get(&self) -> Place {
+        let word = self.0.load(Ordering::Relaxed) as usize;
+        match word.checked_sub(2) {
+            None => Place::Anywhere,
+            Some(rest) if rest % 2 == 0 => Place::On(rest / 2),
+            Some(rest) => Place::Off(rest / 2),
+        }
     }
 }
 
-/// The thread that takes an [`Offer`], until this is dropped.
+/// The thread that takes an [`Offer`], until this is dropped, by the same thread.
 #[derive(Debug, Default)]
-pub(crate) struct Guest {
-    on: Option<usize>,
+pub struct Guest {
+    at: Place,
     held: Option<Hold>,
 }
 
 impl Guest {
-    /// To that processor; None: wherever it likes. For the thread that made it.
-    pub(crate) fn go(&mut self, to: Option<usize>) {
-        if to != self.on {
-            self.on = to;
+    /// To that place, where that is possible; else it computes wherever it likes. For the thread
+    /// that made it.
+    pub fn go(&mut self, to: Place) {
+        if to != self.at {
+            self.at = to;
             self.held = None;
-            self.held = to.and_then(|cpu| Hold::on(cpu, all_allowed().ok().flatten()));
+            self.held = Hold::at(to, all_allowed().ok().flatten());
         }
     }
 }
@@ -133,7 +177,7 @@ pub(crate) mod tests {
     #[test]
     fn a_thread_that_was_held_may_use_what_it_might_before_but_for_what_others_chose() {
         let (before, allowed) = two();
-        let held = Hold::on(sched_getcpu(), None);
+        let held = Hold::at(Place::On(sched_getcpu()), None);
         assert_eq!(held.is_some(), allowed.count() == 2);
         assert_eq!(sched_getaffinity(None).unwrap().count(), 1);
         drop(held);
@@ -167,16 +211,28 @@ pub(crate) mod tests {
         let (before, allowed) = two();
         let mut guest = Guest::default();
         let offer = Offer::default();
-        assert_eq!(offer.get(), None);
+        assert_eq!(offer.get(), Place::Anywhere);
         for cpu in (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)) {
-            offer.set(Some(cpu));
-            guest.go(offer.get());
-            let now = sched_getaffinity(None).unwrap();
-            assert!(now.count() == 1 && now.is_set(cpu));
+            let two = allowed.count() == 2;
+            for (place, there, count) in [
+                (Place::On(cpu), true, 1),
+                (Place::Off(cpu), !two, allowed.count() - u32::from(two)),
+            ] {
+                offer.set(place);
+                assert_eq!(offer.get(), place);
+                guest.go(offer.get());
+                let now = sched_getaffinity(None).unwrap();
+                assert_eq!((now.is_set(cpu), now.count()), (there, count));
+            }
         }
-        // Of a processor that it may not use.
-        guest.go((0..CpuSet::MAX_CPU).find(|cpu| !allowed.is_set(*cpu)));
-        assert_eq!(sched_getaffinity(None).unwrap(), allowed);
+        // Of processors that it may not use, or that there cannot be.
+        let other = (0..CpuSet::MAX_CPU).find(|cpu| !allowed.is_set(*cpu)).unwrap();
+        for cpu in [other, CpuSet::MAX_CPU, u32::MAX as usize] {
+            for place in [Place::On(cpu), Place::Off(cpu)] {
+                guest.go(place);
+                assert_eq!(sched_getaffinity(None).unwrap(), allowed);
+            }
+        }
         guest.go(offer.get());
         drop(guest);
         assert_eq!(sched_getaffinity(None).unwrap(), allowed);

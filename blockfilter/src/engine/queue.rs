@@ -19,7 +19,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use zerocopy::IntoBytes;
 
 use super::bulk::Bulk;
-use super::cpu::{Guest, Offer};
+use super::cpu::{Guest, Offer, Place};
 use super::write_out::Parts;
 use super::{File, Files, TURN_BYTES, give_way};
 use crate::apply::{ApplyOp, SealedBatch, plan};
@@ -239,7 +239,7 @@ impl Target {
     /// Whether write-back keeps up. Else clients will wait for room, and it gives way to nobody.
     fn place(&self, placement: &mut Placement) -> bool {
         let keeps_up = self.arena.room() > self.arena.size() / 2;
-        placement.guest.go(self.seat.get().filter(|_| keeps_up));
+        placement.guest.go(if keeps_up { self.seat.get() } else { Place::Anywhere });
         if !keeps_up {
             placement.bulk = None;
         } else if placement.bulk.is_none() {

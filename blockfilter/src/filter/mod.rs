@@ -542,6 +542,7 @@ impl Filter {
             history: history.map(|h| (h.incarnation.get(), Lsn(h.end.get()))).collect(),
             mode: self.mode,
             mono_us,
+            held_cpu: None,
         }
     }
 

@@ -7,11 +7,12 @@
 //! the thread was ready to run and did not, and moves it.
 //!
 //! Beside a copy that keeps a small machine busy there is no idle processor to find, and
-//! the scheduler pushes the thread to and fro between the client and the copy. There it
-//! holds a processor where it takes turns, most often with its client, until it has time to
-//! sleep: the copy and write-back then have the other one. It lets go twice a second all the
-//! same, because it does not know with whom. While it is held there it works in bulk ([`Bulk`]): its
-//! client's first message would wake it up, and the client's others would wait behind a batch of one.
+//! the scheduler pushes the thread to and fro between the client and the copy. So on two
+//! processors it holds its own there while it has something to do, and asks the copy and write-back
+//! to compute on the other; its clients use whichever is free. It lets go twice a second all the
+//! same, because it does not know with whom it shares. While it is held there it works in bulk
+//! ([`Bulk`]): a client's first message would wake it up, and the client's others would wait behind
+//! a batch of one.
 //!
 //! A thread that carries out commits sleeps for the device again and again. If write-back takes
 //! its processor meanwhile, it wakes up on its client's. So there, without a copy and with two
@@ -27,7 +28,7 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::engine::bulk::Bulk;
-use crate::engine::cpu::{Hold, Offer, all_allowed, move_over};
+use crate::engine::cpu::{Hold, Offer, Place, all_allowed, move_over};
 
 /// Moves or holds the thread that made it.
 #[derive(Debug)]
@@ -40,7 +41,7 @@ pub(super) struct Seat {
     held: Option<Hold>,
     /// Meanwhile, beside a copy.
     bulk: Option<Bulk>,
-    /// Which one, for write-back.
+    /// Where write-back is to compute then, and a copy on this machine.
     offer: Arc<Offer>,
     decision: Decision,
 }
@@ -87,23 +88,30 @@ impl Seat {
 
     /// When to look though nothing happens: write-back must not be kept here for nobody.
     pub(super) fn due(&self) -> Option<u64> {
-        self.offer.get().map(|_| self.decision.due)
+        (self.offer.get() != Place::Anywhere).then_some(self.decision.due)
     }
 
     fn hold(&mut self, beside: Beside) {
-        let most = if beside == Beside::Copy { CROWD_MAX } else { PAIR };
-        if sched_getaffinity(None).is_ok_and(|allowed| allowed.count() <= most) {
-            let cpu = sched_getcpu();
-            self.held = Hold::on(cpu, self.all);
-            self.offer.set(self.held.as_ref().and((beside == Beside::Commits).then_some(cpu)));
-            if self.held.is_some() && beside == Beside::Copy {
-                self.bulk = Bulk::begin();
-            }
+        if !sched_getaffinity(None).is_ok_and(|allowed| allowed.count() == PAIR) {
+            return;
+        }
+        let cpu = sched_getcpu();
+        self.held = Hold::at(Place::On(cpu), self.all);
+        if self.held.is_none() {
+            return;
+        }
+        self.offer.set(match beside {
+            Beside::Commits => Place::On(cpu),
+            Beside::Copy => Place::Off(cpu),
+            Beside::Nothing | Beside::WriteBack => Place::Anywhere,
+        });
+        if beside == Beside::Copy {
+            self.bulk = Bulk::begin();
         }
     }
 
     fn let_go(&mut self) {
-        self.offer.set(None);
+        self.offer.set(Place::Anywhere);
         self.bulk = None;
         self.held = None;
     }
@@ -166,16 +174,16 @@ impl Decision {
             }
             _ => None,
         };
-        if beside == Beside::Copy {
-            self.moved = false;
-            return self.hold(spent, held);
-        }
         let Some((elapsed, spent)) = spent else {
             self.moved = false;
             return if held { Step::LetGo } else { Step::Stay };
         };
+        if beside == Beside::Copy {
+            self.moved = false;
+            return self.hold_off(now, elapsed, spent, held);
+        }
         if held {
-            return self.keep(now, spent.waited * CROWDED_HELD >= elapsed);
+            return self.keep(now, spent.waited * CROWDED_HELD >= elapsed, TURNS_COMMITS);
         }
         let crowded = spent.waited * CROWDED >= elapsed;
         let go = crowded && !self.moved;
@@ -195,8 +203,23 @@ impl Decision {
         }
     }
 
-    /// Whether it is held for commits any longer: not where it waits, be it for write-back itself.
-    fn keep(&mut self, now: u64, crowded: bool) -> Step {
+    /// Whether it is held beside a copy: while it works, be it in turns with its client.
+    fn hold_off(&mut self, now: u64, elapsed: u64, spent: Used, held: bool) -> Step {
+        // Or its clients want to.
+        let busy = spent.ran + spent.waited;
+        let unfair = spent.waited > spent.ran * UNFAIR;
+        if held {
+            let step = self.keep(now, unfair, TURNS_MAX);
+            return if busy * IDLE < elapsed { Step::LetGo } else { step };
+        }
+        self.turns = 0;
+        let hold = busy * BUSY >= elapsed && !unfair && now >= self.again;
+        if hold { Step::Hold } else { Step::Stay }
+    }
+
+    /// Whether it is held for commits any longer: not where it waits, be it for write-back itself,
+    /// and not for more than so many looks.
+    fn keep(&mut self, now: u64, crowded: bool, turns: u32) -> Step {
         self.turns += 1;
         if crowded {
             self.pause = (self.pause * 2).clamp(LOOK, GAP_MAX);
@@ -204,25 +227,7 @@ impl Decision {
         } else if self.turns >= CALM {
             self.pause = 0;
         }
-        if crowded || self.turns >= TURNS_COMMITS { Step::LetGo } else { Step::Stay }
-    }
-
-    fn hold(&mut self, spent: Option<(u64, Used)>, held: bool) -> Step {
-        self.turns = if held { self.turns + 1 } else { 0 };
-        let Some((elapsed, spent)) = spent else {
-            return if held { Step::LetGo } else { Step::Stay };
-        };
-        // Or what the hypervisor and interrupts took.
-        let slept = elapsed.saturating_sub(spent.ran + spent.waited);
-        // A client that shares the processor takes its half, a program that computes all the
-        // time takes nearly everything.
-        let unfair = spent.waited > spent.ran * UNFAIR;
-        let shares = spent.waited * 4 >= elapsed && slept * 8 < elapsed;
-        match held {
-            false if shares && !unfair => Step::Hold,
-            true if unfair || slept * 3 > elapsed || self.turns >= TURNS_MAX => Step::LetGo,
-            _ => Step::Stay,
-        }
+        if crowded || self.turns >= turns { Step::LetGo } else { Step::Stay }
     }
 }
 
@@ -230,9 +235,9 @@ impl Decision {
 const LOOK: u64 = 1_000;
 /// The same beside a copy, whose turns are longer.
 const LOOK_COPY: u64 = 8_000;
-/// Looks for which it is held at a time.
+/// Looks for which it is held at a time beside a copy.
 const TURNS_MAX: u32 = 64;
-/// The same for commits.
+/// The same for commits without one.
 const TURNS_COMMITS: u32 = 512;
 /// Looks that it has to be held without waiting for the gaps to be short again.
 const CALM: u32 = 32;
@@ -240,11 +245,13 @@ const CALM: u32 = 32;
 const CROWDED: u64 = 8;
 /// The same while it is held for commits: with its client it would wait longer.
 const CROWDED_HELD: u64 = 4;
+/// Beside a copy it is held where it computes, or could, for one part of so many of the time,
+const BUSY: u64 = 4;
+/// and let go where for less than one of so many.
+const IDLE: u64 = 8;
 /// Waiting so many times as long as computing is more than sharing.
 const UNFAIR: u64 = 3;
-/// Client, filter, write-back and copy: with as many processors each has its own.
-const CROWD_MAX: u32 = 3;
-/// Client, and filter with write-back. With three processors it was not measured.
+/// Processors with which it is held. With three it was not measured.
 const PAIR: u32 = 2;
 /// Longest time between two moves, or holds, that gain nothing, microseconds.
 const GAP_MAX: u64 = 64_000;
@@ -323,20 +330,43 @@ mod tests {
     }
 
     #[test]
-    fn beside_a_copy_it_holds_a_processor_that_it_shares_until_it_sleeps_or_starves() {
+    fn beside_a_copy_it_holds_its_processor_while_it_works_and_does_not_starve() {
         let steps = [
-            ((95, 0), Step::Stay),
-            ((75, 20), Step::Stay),
-            ((50, 35), Step::Stay),
-            ((10, 90), Step::Stay),
+            ((20, 0), Step::Stay),
+            ((30, 0), Step::Hold),
+            ((14, 0), Step::Stay),
+            ((12, 0), Step::LetGo),
+            ((10, 20), Step::Hold),
+            ((10, 35), Step::LetGo),
             ((45, 50), Step::Hold),
-            ((70, 0), Step::Stay),
-            ((40, 20), Step::LetGo),
-            ((70, 26), Step::Hold),
+            ((95, 0), Step::Stay),
             ((10, 90), Step::LetGo),
+            ((10, 90), Step::Stay),
         ];
         let (parts, expected): (Vec<_>, Vec<_>) = steps.into_iter().unzip();
         assert_eq!(beside_copy(&mut Decision::default(), &parts), expected);
+    }
+
+    #[test]
+    fn who_starves_only_while_held_beside_a_copy_is_held_after_growing_gaps() {
+        let mut decision = Decision::default();
+        let (mut now, mut used, mut held) = (1, Used { ran: 0, waited: 0 }, false);
+        let mut holds = Vec::new();
+        for _ in 0..200 {
+            let step = decision.take(now, Beside::Copy, Some(used), held);
+            if step == Step::Hold {
+                holds.push(now);
+            }
+            held = step == Step::Hold || held && step != Step::LetGo;
+            now = decision.due;
+            used.ran += LOOK_COPY / 10;
+            used.waited += LOOK_COPY * if held { 9 } else { 0 } / 10;
+            // Working without waiting for one.
+            used.ran += LOOK_COPY * if held { 0 } else { 8 } / 10;
+        }
+        let gaps: Vec<u64> = holds.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        assert!(gaps.is_sorted() && gaps.len() > 10, "{gaps:?}");
+        assert!(gaps.last() > Some(&GAP_MAX), "{gaps:?}");
     }
 
     #[test]
@@ -423,24 +453,26 @@ mod tests {
     }
 
     #[test]
-    fn write_back_is_offered_a_seat_beside_commits_and_a_client_its_turn_beside_a_copy() {
+    fn write_back_is_asked_onto_its_processor_beside_commits_and_off_it_beside_a_copy() {
         let (before, allowed) = two();
         let offer = Arc::new(Offer::default());
         let mut seat = Seat::new(offer.clone());
-        seat.hold(Beside::Copy);
-        assert_eq!((offer.get(), seat.due()), (None, None));
-        // Only there its client is not to be interrupted.
-        let held = allowed.count() == 2;
-        assert_eq!(policy(), if held { libc::SCHED_BATCH } else { libc::SCHED_OTHER });
-        seat.let_go();
-        assert_eq!(policy(), libc::SCHED_OTHER);
-        seat.hold(Beside::Commits);
-        assert_eq!(policy(), libc::SCHED_OTHER);
-        let there = (allowed.count() == 2).then(sched_getcpu);
-        assert_eq!((offer.get(), seat.due().is_some()), (there, there.is_some()));
-        assert_eq!(sched_getaffinity(None).unwrap().count(), 1);
-        seat.let_go();
-        assert_eq!((offer.get(), sched_getaffinity(None).unwrap()), (None, allowed));
+        let held = allowed.count() == PAIR;
+        let there =
+            |place: fn(usize) -> Place| if held { place(sched_getcpu()) } else { Place::Anywhere };
+        for (beside, place, in_bulk) in [
+            (Beside::Copy, Place::Off as fn(usize) -> Place, true),
+            (Beside::Commits, Place::On, false),
+        ] {
+            seat.hold(beside);
+            assert_eq!((offer.get(), seat.due().is_some()), (there(place), held));
+            let batch = held && in_bulk;
+            assert_eq!(policy(), if batch { libc::SCHED_BATCH } else { libc::SCHED_OTHER });
+            assert_eq!(sched_getaffinity(None).unwrap().count(), 1);
+            seat.let_go();
+            assert_eq!((offer.get(), policy()), (Place::Anywhere, libc::SCHED_OTHER));
+            assert_eq!(sched_getaffinity(None).unwrap(), allowed);
+        }
         sched_setaffinity(None, &before).unwrap();
     }
 

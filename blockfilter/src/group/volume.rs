@@ -560,7 +560,8 @@ impl Volume {
 
     /// Positions now.
     pub fn positions(&self) -> Positions {
-        self.filter.positions(self.clock.mono_us())
+        let held_cpu = self.target.seat.get().left_free();
+        Positions { held_cpu, ..self.filter.positions(self.clock.mono_us()) }
     }
 
     /// Nobody waits for what `owner` asked: tokens carry it in their upper half.

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use blockfilter::control::{Mode, Positions};
+use blockfilter::engine::cpu::{Guest, Place};
 use blockfilter::journal::reader::ReadError;
 use blockfilter::names::Lsn;
 
@@ -85,6 +86,8 @@ struct Session<'a> {
     rpo: Option<(u64, u64)>,
     background: Background,
     rest: Rest,
+    /// This thread, beside one that the filter holds a processor for.
+    guest: Guest,
     stream_turns: u32,
     wire_base: u64,
 }
@@ -142,6 +145,7 @@ pub(super) fn session(
         rpo: None,
         background: Background::default(),
         rest: Rest::default(),
+        guest: Guest::default(),
         stream_turns: 0,
         wire_base: 0,
     };
@@ -273,9 +277,11 @@ impl Session<'_> {
                 self.take(&frame, &known)?;
             }
             let now = self.now();
-            self.heartbeat(&known, now)?;
             let standing = self.standing(&known, now, now.saturating_sub(expected));
             self.stand_back(standing, now);
+            let held = known.positions.held_cpu.filter(|_| self.background.is());
+            self.guest.go(Place::leaving_free(held));
+            self.heartbeat(&known, held, now)?;
             let timeout = match self.rests_until(standing, now) {
                 Some(until) => {
                     Duration::from_micros(until.min(self.heartbeat_due).saturating_sub(now))
@@ -395,7 +401,13 @@ impl Session<'_> {
         self.show(known, Some(ack));
     }
 
-    fn heartbeat(&mut self, known: &Known, now: u64) -> Result<(), SessionError> {
+    /// `held_cpu`: what this thread leaves free.
+    fn heartbeat(
+        &mut self,
+        known: &Known,
+        held_cpu: Option<u32>,
+        now: u64,
+    ) -> Result<(), SessionError> {
         if now < self.heartbeat_due {
             return Ok(());
         }
@@ -406,6 +418,7 @@ impl Session<'_> {
             echo: self
                 .ack_us
                 .map(|(mono_us, at)| Echo { mono_us, held_us: now.saturating_sub(at) }),
+            held_cpu: held_cpu.filter(|_| self.channel.is_local()),
         };
         self.channel.send(&FrameBuf::message(Kind::Heartbeat, &beat)?)?;
         self.heartbeat_due = now + HEARTBEAT_US;

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
+use blockfilter::engine::cpu::{Guest, Offer, Place};
 use crossbeam::channel::RecvTimeoutError;
 use replicator::frame::{FrameBuf, FrameError};
 use replicator::session::{
@@ -56,6 +57,10 @@ struct Session<'a> {
     ack_due: AtomicBool,
     /// The source's clock in its last heartbeat; 0: none came.
     echo_us: AtomicU64,
+    /// Where both compute: off the processor that a source on this machine holds for its clients.
+    place: Offer,
+    /// The source is on this machine.
+    local: bool,
     /// The keeper ended.
     ended: AtomicBool,
 }
@@ -190,6 +195,8 @@ fn session(
         wake,
         ack_due: true.into(),
         echo_us: 0.into(),
+        place: Offer::default(),
+        local: channel.is_local(),
         ended: false.into(),
     };
     let ended = session.run(channel, receiver);
@@ -319,7 +326,9 @@ impl Line<'_> {
         let session = self.session;
         let over =
             || session.ended.load(Ordering::SeqCst) || session.shared.stop.load(Ordering::SeqCst);
+        let mut guest = Guest::default();
         while !over() {
+            guest.go(session.place.get());
             session.check_replaced()?;
             self.answer(channel)?;
             let Some(frame) = self.held.take().or_else(|| channel.take()) else {
@@ -361,7 +370,9 @@ impl Keeper<'_> {
     /// Until the line ends; what it handed over is carried out first. Not if the target stops: the
     /// source sends it again.
     fn run(&mut self, frames: &Taker<impl Fn()>) -> Result<(), StreamError> {
+        let mut guest = Guest::default();
         while !self.session.shared.stop.load(Ordering::SeqCst) {
+            guest.go(self.session.place.get());
             match frames.take(PUMP) {
                 Ok(frame) => self.take(frame)?,
                 Err(RecvTimeoutError::Timeout) => {}
@@ -434,6 +445,8 @@ impl Keeper<'_> {
         watch.rpo.beat(beat, self.session.shared.clock.mono_us());
         watch.admitted = Some(beat.admitted);
         self.session.echo_us.store(beat.mono_us, Ordering::SeqCst);
+        let held = beat.held_cpu.filter(|_| self.session.local);
+        self.session.place.set(Place::leaving_free(held));
         self.session.ack_is_due();
         Ok(())
     }

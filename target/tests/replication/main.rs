@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ use replicator::status::{Shown, State};
 use replicator::token::{TokenOrder, Tokens};
 use replicator::transport::Channel;
 use replicator::wire::Kind;
+use rustix::thread::{sched_getaffinity, sched_getcpu};
 use target::points::PointQuery;
 use target::server::{ReplicaState, ServerConfig, TargetHandle, start};
 use target::store::Store;
@@ -515,6 +517,50 @@ fn a_copy_is_not_in_the_background_where_the_journal_has_no_room() {
     let (age, sessions) = leaves_the_background(4 * 4096 - 1);
     assert_eq!(sessions, 1, "or another session left it");
     assert!(age.is_none_or(|age| age < 2.5), "{age:?}: not because it is old");
+}
+
+/// Names of the threads of this process that may use some processors, but not this one.
+fn off(cpu: u32) -> BTreeSet<String> {
+    let threads = std::fs::read_dir("/proc/self/task").unwrap();
+    let statuses = threads
+        .filter_map(|thread| std::fs::read_to_string(thread.unwrap().path().join("status")).ok());
+    let field = |status: &str, name: &str| {
+        status.lines().find_map(|line| Some(line.strip_prefix(name)?.trim().to_owned()))
+    };
+    let uses = |list: &str| {
+        list.split(',').any(|part| {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            (first.parse().unwrap()..=last.parse().unwrap()).contains(&cpu)
+        })
+    };
+    let off = |status: &String| !uses(&field(status, "Cpus_allowed_list:").unwrap());
+    statuses.filter(off).filter_map(|status| field(&status, "Name:")).collect()
+}
+
+#[test]
+fn a_copy_leaves_free_what_the_filter_holds_at_both_ends_until_it_is_old() {
+    let site = Site::new();
+    let (agent, source) = copied(&site);
+    let shipper = site.shipper(&agent, &source, site.handle.local_addr());
+    let cpu = u32::try_from(sched_getcpu()).unwrap();
+    if sched_getaffinity(None).unwrap().count() < 2 {
+        return;
+    }
+    shipping(&shipper, || {
+        site.until("it is in session", || site.state() == Some(ReplicaState::Consistent));
+        assert_eq!(off(cpu), BTreeSet::new());
+        source.lock().positions.held_cpu = Some(cpu);
+        site.until("both threads of the target and the source's left it", || {
+            let off = off(cpu);
+            off.len() == 3 && off.contains("sf-session") && off.contains("sf-keeper")
+        });
+        source.lock().positions.held_cpu = None;
+        site.until("they are back", || off(cpu).is_empty());
+        source.lock().positions.held_cpu = Some(cpu);
+        site.until("they left it", || off(cpu).len() == 3);
+        source.lock().positions.admitted.0 += 4096;
+        site.until("the copy is old, and they are back", || off(cpu).is_empty());
+    });
 }
 
 /// Its place at the target is another's now, so what it was told of its copy may not hold.

@@ -151,7 +151,7 @@ fn write_back_computes_where_it_is_offered_a_seat_and_in_bulk_while_it_keeps_up(
     let dir = tempfile::tempdir().unwrap();
     let (target, slow, has_begun, tell) = target(dir.path());
     let (before, allowed) = two();
-    target.seat.set(Some(rustix::thread::sched_getcpu()));
+    target.seat.set(Place::On(rustix::thread::sched_getcpu()));
     // A turn and one more.
     let blocks: Vec<u64> = (0..14).map(|i| i * 8192).collect();
     std::thread::scope(|scope| {
