@@ -9,6 +9,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use blockfilter::engine::cpu::{Guest, Place};
 use blockfilter::journal::reader::ReadError;
 use blockfilter::names::Lsn;
 use crossbeam::channel::{Receiver, Sender, TryRecvError, bounded};
@@ -24,8 +25,9 @@ type Found = Result<(Vec<Batch>, Lsn), ReadError>;
 pub(crate) struct Ahead {
     /// None while the thread has it.
     journal: Option<Box<dyn Journal>>,
-    wake: Arc<Waker>,
-    thread: Option<Thread>,
+    thread: Thread,
+    /// Where the thread computes.
+    place: Place,
 }
 
 /// A range to be read, or what was found in it, and the journal it is in.
@@ -33,6 +35,7 @@ struct Asked {
     journal: Box<dyn Journal>,
     from: Lsn,
     durable: Lsn,
+    place: Place,
 }
 
 struct Thread {
@@ -45,8 +48,16 @@ struct Thread {
 impl Ahead {
     /// Reads `journal`; `wake` is woken when a read that [`Ahead::read`] left to the thread is
     /// over.
-    pub(crate) fn new(journal: Box<dyn Journal>, wake: Arc<Waker>) -> Self {
-        Self { journal: Some(journal), wake, thread: None }
+    ///
+    /// To be made while the caller may use what it always may: the thread inherits that.
+    pub(crate) fn new(journal: Box<dyn Journal>, wake: Arc<Waker>) -> io::Result<Self> {
+        let thread = Thread::start(wake)?;
+        Ok(Self { journal: Some(journal), thread, place: Place::Anywhere })
+    }
+
+    /// Where the thread reads from its next read on.
+    pub(crate) fn compute_at(&mut self, place: Place) {
+        self.place = place;
     }
 
     /// Whether a read of these bytes is left to a thread.
@@ -68,7 +79,7 @@ impl Ahead {
     ) -> Result<Option<(Vec<Batch>, Lsn)>, ReadError> {
         let Some(mut journal) = self.journal.take() else { return self.found(durable) };
         if Self::is_far(from, durable) {
-            self.ask(Asked { journal, from, durable })?;
+            self.ask(Asked { journal, from, durable, place: self.place })?;
             return Ok(None);
         }
         let found = journal.read(from, durable, READ_BYTES);
@@ -78,8 +89,7 @@ impl Ahead {
 
     /// What the thread read, if that is over; what comes next is read at once if it is far, too.
     fn found(&mut self, durable: Lsn) -> Result<Option<(Vec<Batch>, Lsn)>, ReadError> {
-        let thread = self.thread.as_ref().expect("it has the journal");
-        let (journal, found) = match thread.found.try_recv() {
+        let (journal, found) = match self.thread.found.try_recv() {
             Ok(found) => found,
             Err(TryRecvError::Empty) => return Ok(None),
             Err(TryRecvError::Disconnected) => return Err(ended().into()),
@@ -92,18 +102,15 @@ impl Ahead {
             }
         };
         if Self::is_far(next, durable) {
-            self.ask(Asked { journal, from: next, durable })?;
+            self.ask(Asked { journal, from: next, durable, place: self.place })?;
         } else {
             self.journal = Some(journal);
         }
         Ok(Some((batches, next)))
     }
 
-    fn ask(&mut self, asked: Asked) -> io::Result<()> {
-        if self.thread.is_none() {
-            self.thread = Some(Thread::start(self.wake.clone())?);
-        }
-        let asks = self.thread.as_ref().and_then(|thread| thread.asks.as_ref());
+    fn ask(&self, asked: Asked) -> io::Result<()> {
+        let asks = self.thread.asks.as_ref();
         asks.and_then(|asks| asks.send(asked).ok()).ok_or_else(ended)
     }
 }
@@ -117,7 +124,9 @@ impl Thread {
         let (asks, asked) = bounded::<Asked>(1);
         let (finds, found) = bounded(1);
         let run = move || {
-            for Asked { mut journal, from, durable } in asked {
+            let mut guest = Guest::default();
+            for Asked { mut journal, from, durable, place } in asked {
+                guest.go(place);
                 let read = journal.read(from, durable, READ_BYTES);
                 if finds.send((journal, read)).is_err() {
                     break;
@@ -153,17 +162,21 @@ mod tests {
     use std::thread::{ThreadId, current};
     use std::time::Duration;
 
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
+
     use super::*;
 
-    /// Tells who read from where; each read brings as many bytes as it is asked for.
+    /// Tells who read from where, and where it computed; each read brings as many bytes as it is asked for.
     struct Told {
         reads: mpsc::Sender<(ThreadId, u64)>,
+        allowed: mpsc::Sender<CpuSet>,
         broken_at: u64,
     }
 
     impl Journal for Told {
         fn read(&mut self, from: Lsn, durable: Lsn, max: usize) -> Found {
             self.reads.send((current().id(), from.0)).unwrap();
+            let _ = self.allowed.send(sched_getaffinity(None).unwrap());
             let next = Lsn(durable.0.min(from.0 + max as u64));
             if next.0 > self.broken_at {
                 return Err(ReadError::Gone(from));
@@ -177,7 +190,8 @@ mod tests {
     fn ahead(broken_at: u64) -> (Ahead, Arc<Waker>, Reads) {
         let (reads, told) = mpsc::channel();
         let wake = Arc::new(Waker::new().unwrap());
-        (Ahead::new(Box::new(Told { reads, broken_at }), wake.clone()), wake, told)
+        let journal = Told { reads, allowed: mpsc::channel().0, broken_at };
+        (Ahead::new(Box::new(journal), wake.clone()).unwrap(), wake, told)
     }
 
     /// Reads until `durable`, waiting where the thread reads. What every read ended at.
@@ -235,6 +249,33 @@ mod tests {
         assert_eq!(from, [0, 4 * MIB]);
         drop(ahead);
         assert_eq!(told.iter().count(), 0, "its end waits for the read and begins no other");
+    }
+
+    #[test]
+    fn the_thread_reads_where_it_is_told_and_then_where_it_likes() {
+        let before = sched_getaffinity(None).unwrap();
+        let mut two = CpuSet::new();
+        (0..CpuSet::MAX_CPU).filter(|c| before.is_set(*c)).take(2).for_each(|c| two.set(c));
+        sched_setaffinity(None, &two).unwrap();
+        let wake = Arc::new(Waker::new().unwrap());
+        let ((reads, _told), (allowed, computed)) = (mpsc::channel(), mpsc::channel());
+        let journal = Box::new(Told { reads, allowed, broken_at: u64::MAX });
+        let mut ahead = Ahead::new(journal, wake.clone()).unwrap();
+        let cpu = sched_getcpu();
+        ahead.compute_at(Place::Off(cpu));
+        assert!(ahead.read(Lsn(0), Lsn(64 * MIB)).unwrap().is_none());
+        let mut expected = two;
+        if two.count() == 2 {
+            expected.unset(cpu);
+        }
+        assert_eq!(computed.recv_timeout(LIMIT).unwrap(), expected);
+        ahead.compute_at(Place::Anywhere);
+        assert!(wake.wait(LIMIT));
+        assert!(ahead.read(Lsn(0), Lsn(64 * MIB)).unwrap().is_some());
+        assert_eq!(computed.recv_timeout(LIMIT).unwrap(), two);
+        assert_eq!(sched_getaffinity(None).unwrap(), two, "whoever asks stays as it was");
+        drop(ahead);
+        sched_setaffinity(None, &before).unwrap();
     }
 
     #[test]

@@ -15,7 +15,7 @@ pub enum Place {
     Anywhere,
     /// On this processor.
     On(usize),
-    /// On any other.
+    /// On the other one, where there are two.
     Off(usize),
 }
 
@@ -43,19 +43,21 @@ pub(crate) struct Hold {
 }
 
 impl Hold {
-    /// None if the thread may not use that processor, or no other, and so where there is nothing to
-    /// keep. `all`: see [`all_allowed`].
+    /// None if the thread may not use that processor, or no other, or more than one other than it is to
+    /// leave, and so where there is nothing to keep. `all`: see [`all_allowed`].
     pub(crate) fn at(place: Place, all: Option<CpuSet>) -> Option<Self> {
         let (Place::On(cpu) | Place::Off(cpu)) = place else { return None };
         let allowed = sched_getaffinity(None).ok()?;
         if allowed.count() < 2 || cpu >= CpuSet::MAX_CPU || !allowed.is_set(cpu) {
             return None;
         }
-        let mut here = allowed;
-        if matches!(place, Place::On(_)) {
-            here.clear();
-            here.set(cpu);
-        } else {
+        let mut here = CpuSet::new();
+        here.set(cpu);
+        if matches!(place, Place::Off(_)) {
+            if allowed.count() > 2 {
+                return None;
+            }
+            here = allowed;
             here.unset(cpu);
         }
         sched_setaffinity(None, &here).ok()?;

@@ -86,7 +86,8 @@ impl Seat {
         false
     }
 
-    /// When to look though nothing happens: write-back must not be kept here for nobody.
+    /// When to look though nothing happens: write-back must not be kept here for nobody, nor it and the
+    /// copy away.
     pub(super) fn due(&self) -> Option<u64> {
         (self.offer.get() != Place::Anywhere).then_some(self.decision.due)
     }
@@ -156,7 +157,7 @@ struct Decision {
     turns: u32,
     /// To the look after one that saw no gain, microseconds.
     gap: u64,
-    /// It is not held for commits before, monotonic microseconds.
+    /// It is not held before, monotonic microseconds.
     again: u64,
     /// How long it was not, after it had to wait while it was held, microseconds.
     pause: u64,
@@ -208,17 +209,19 @@ impl Decision {
         // Or its clients want to.
         let busy = spent.ran + spent.waited;
         let unfair = spent.waited > spent.ran * UNFAIR;
+        if held && busy * IDLE < elapsed {
+            return Step::LetGo;
+        }
         if held {
-            let step = self.keep(now, unfair, TURNS_MAX);
-            return if busy * IDLE < elapsed { Step::LetGo } else { step };
+            return self.keep(now, unfair, TURNS_MAX);
         }
         self.turns = 0;
         let hold = busy * BUSY >= elapsed && !unfair && now >= self.again;
         if hold { Step::Hold } else { Step::Stay }
     }
 
-    /// Whether it is held for commits any longer: not where it waits, be it for write-back itself,
-    /// and not for more than so many looks.
+    /// Whether it is held any longer: not where it waits too much, be it for write-back itself, and not for
+    /// more than so many looks.
     fn keep(&mut self, now: u64, crowded: bool, turns: u32) -> Step {
         self.turns += 1;
         if crowded {
@@ -446,7 +449,7 @@ mod tests {
             assert_eq!(decision.take(2001, Beside::Commits, waited(0), true), Step::Stay);
             assert_eq!(decision.take(3001, beside, used, true), Step::LetGo);
         }
-        // One for a copy is none for commits: it offers nothing.
+        // One for a copy is none for commits: it asks for something else.
         let mut decision = Decision::default();
         decision.take(1, Beside::Copy, waited(0), true);
         assert_eq!(decision.take(1001, Beside::Commits, waited(0), true), Step::LetGo);

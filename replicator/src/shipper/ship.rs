@@ -51,6 +51,8 @@ struct Seeding {
 struct Session<'a> {
     shipper: &'a Shipper,
     channel: &'a mut Channel,
+    /// The target is on this machine.
+    is_local: bool,
     feed: Feed,
     wake: Arc<Waker>,
     journal: Ahead,
@@ -88,6 +90,8 @@ struct Session<'a> {
     rest: Rest,
     /// This thread, beside one that the filter holds a processor for.
     guest: Guest,
+    /// The processor that the target was last told to leave free.
+    told_cpu: Option<u32>,
     stream_turns: u32,
     wire_base: u64,
 }
@@ -116,13 +120,16 @@ pub(super) fn session(
     let feed = Feed::start(&shipper.source, &shipper.clock, &wake).map_err(SessionError::Filter)?;
     let known = feed.known().map_err(SessionError::Filter)?;
     let limits = Limits { chunk_bytes: shipper.group.chunk_bytes, ..Limits::default() };
-    let codec = if channel.is_local() { Controller::uncompressed() } else { Controller::default() };
+    let is_local = channel.is_local();
+    let codec = if is_local { Controller::uncompressed() } else { Controller::default() };
+    let journal = Ahead::new(journal, wake.clone()).map_err(|e| SessionError::Journal(e.into()))?;
     let mut session = Session {
         shipper,
         channel,
         feed,
-        wake: wake.clone(),
-        journal: Ahead::new(journal, wake),
+        is_local,
+        wake,
+        journal,
         unreadable: None,
         builder: Builder::new(limits, from),
         epoch: None,
@@ -146,6 +153,7 @@ pub(super) fn session(
         background: Background::default(),
         rest: Rest::default(),
         guest: Guest::default(),
+        told_cpu: None,
         stream_turns: 0,
         wire_base: 0,
     };
@@ -279,8 +287,7 @@ impl Session<'_> {
             let now = self.now();
             let standing = self.standing(&known, now, now.saturating_sub(expected));
             self.stand_back(standing, now);
-            let held = known.positions.held_cpu.filter(|_| self.background.is());
-            self.guest.go(Place::leaving_free(held));
+            let held = self.step_aside(&known);
             self.heartbeat(&known, held, now)?;
             let timeout = match self.rests_until(standing, now) {
                 Some(until) => {
@@ -316,6 +323,16 @@ impl Session<'_> {
             }
             self.background.tried(now, background, done.is_ok());
         }
+    }
+
+    /// Leaves the processor free that the filter holds, while production's work comes first. Which one the
+    /// target is to leave, if it is on this machine.
+    fn step_aside(&mut self, known: &Known) -> Option<u32> {
+        let held = known.positions.held_cpu.filter(|_| self.background.is());
+        let place = Place::leaving_free(held);
+        self.guest.go(place);
+        self.journal.compute_at(place);
+        held.filter(|_| self.is_local)
     }
 
     /// Until when nothing is read and no frame begun, after `now`.
@@ -401,14 +418,14 @@ impl Session<'_> {
         self.show(known, Some(ack));
     }
 
-    /// `held_cpu`: what this thread leaves free.
+    /// If one is due, or that is not what the target was told to leave free.
     fn heartbeat(
         &mut self,
         known: &Known,
         held_cpu: Option<u32>,
         now: u64,
     ) -> Result<(), SessionError> {
-        if now < self.heartbeat_due {
+        if now < self.heartbeat_due && held_cpu == self.told_cpu {
             return Ok(());
         }
         let beat = Heartbeat {
@@ -418,11 +435,12 @@ impl Session<'_> {
             echo: self
                 .ack_us
                 .map(|(mono_us, at)| Echo { mono_us, held_us: now.saturating_sub(at) }),
-            held_cpu: held_cpu.filter(|_| self.channel.is_local()),
+            held_cpu,
         };
         self.channel.send(&FrameBuf::message(Kind::Heartbeat, &beat)?)?;
         self.heartbeat_due = now + HEARTBEAT_US;
         self.beat_us = now;
+        self.told_cpu = held_cpu;
         Ok(())
     }
 

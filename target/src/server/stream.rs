@@ -274,6 +274,15 @@ impl Session<'_> {
         }
     }
 
+    /// Takes the processor that a heartbeat tells of. As it arrives: it may wait long for the keeper.
+    fn leave_free(&self, frame: &FrameBuf) -> Result<(), StreamError> {
+        if self.local && frame.kind() == Kind::Heartbeat {
+            let beat: Heartbeat = frame.parse()?;
+            self.place.set(Place::leaving_free(beat.held_cpu));
+        }
+        Ok(())
+    }
+
     fn ack_is_due(&self) {
         self.ack_due.store(true, Ordering::SeqCst);
         self.wake.wake();
@@ -335,6 +344,7 @@ impl Line<'_> {
                 channel.pump(PUMP, Some(session.wake))?;
                 continue;
             };
+            session.leave_free(&frame)?;
             self.held = to_keeper.give(frame);
             if self.held.is_some() {
                 session.wake.wait(PUMP);
@@ -445,8 +455,6 @@ impl Keeper<'_> {
         watch.rpo.beat(beat, self.session.shared.clock.mono_us());
         watch.admitted = Some(beat.admitted);
         self.session.echo_us.store(beat.mono_us, Ordering::SeqCst);
-        let held = beat.held_cpu.filter(|_| self.session.local);
-        self.session.place.set(Place::leaving_free(held));
         self.session.ack_is_due();
         Ok(())
     }
