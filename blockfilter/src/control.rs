@@ -90,8 +90,8 @@ pub struct Positions {
     pub mode: Mode,
     /// The filter's monotonic clock at this answer, microseconds.
     pub mono_us: u64,
-    /// The processor that the group's thread holds beside a copy, which leaves it free while it is in the
-    /// background.
+    /// The processor that the group's thread holds and others are to leave: write-back, and a copy
+    /// while it is in the background.
     #[serde(default)]
     pub held_cpu: Option<u32>,
 }

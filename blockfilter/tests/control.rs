@@ -5,7 +5,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -111,9 +111,9 @@ impl Drop for Stop<'_> {
     }
 }
 
-/// Where there are two, while its clients keep it busy and somebody follows as a copy does.
+/// Where there are two, while its clients keep it busy.
 #[test]
-fn who_follows_is_told_of_the_processor_that_a_busy_group_holds() {
+fn who_asks_is_told_of_the_processor_that_a_busy_group_holds() {
     let allowed = sched_getaffinity(None).unwrap();
     let mut two = CpuSet::new();
     (0..CpuSet::MAX_CPU).filter(|c| allowed.is_set(*c)).take(2).for_each(|c| two.set(c));
@@ -125,24 +125,20 @@ fn who_follows_is_told_of_the_processor_that_a_busy_group_holds() {
     let export = group.site.config.export(&group.site.config.disks[0].disk);
     let clock: Arc<dyn Clock> = Arc::new(RealClock::new());
     let client = Client::connect(ClientConfig::new(address, &export), clock.clone()).unwrap();
-    let idle = Request::Wait { after: None, ship_floor: None, timeout_ms: 0 };
-    let follow = Request::Wait { after: Some(Lsn(u64::MAX)), ship_floor: None, timeout_ms: 5 };
-    let (stop, written) = (AtomicBool::new(false), AtomicU64::new(0));
+    let ask = Request::Wait { after: None, ship_floor: None, timeout_ms: 0 };
+    let stop = AtomicBool::new(false);
     let expected = two.count() == 2;
+    assert_eq!(group.held_cpu(&ask), None, "nobody writes");
     std::thread::scope(|scope| {
         let stop = Stop(&stop);
         scope.spawn(|| {
             while !stop.0.load(Ordering::SeqCst) {
                 client.write(0, &[7; 4096], false).unwrap();
-                written.fetch_add(1, Ordering::SeqCst);
             }
         });
-        while written.load(Ordering::SeqCst) < 2000 {
-            assert_eq!(group.held_cpu(&idle), None, "nobody follows");
-        }
         let until = clock.mono_us() + PATIENCE_US;
         let held = loop {
-            let held = group.held_cpu(&follow);
+            let held = group.held_cpu(&ask);
             if held.is_some() || !expected || clock.mono_us() > until {
                 break held;
             }

@@ -393,6 +393,11 @@ impl Filter {
         self.open.lsn + self.open.descs.len() as u64
     }
 
+    /// Whether any of them are not known to be written to their disks.
+    pub fn has_unapplied(&self) -> bool {
+        self.applied < self.admitted()
+    }
+
     /// Whether writes to a disk must be refused.
     pub fn refusal(&self, disk: u8) -> Option<Errno> {
         let disk = usize::from(disk);

@@ -6,19 +6,18 @@
 //! only if those that share the cache are little used (`SIS_UTIL`). So this measures how long
 //! the thread was ready to run and did not, and moves it.
 //!
-//! Beside a copy that keeps a small machine busy there is no idle processor to find, and
-//! the scheduler pushes the thread to and fro between the client and the copy. So on two
-//! processors it holds its own there while it has something to do, and asks the copy and write-back
-//! to compute on the other; its clients use whichever is free. It lets go twice a second all the
+//! On two processors there is hardly an idle one to find, and the scheduler pushes the thread to and
+//! fro between the client, write-back and a copy. So there it holds its own while it has something to do, and
+//! asks write-back and the copy to compute on the other ([`Offer`]); its clients use whichever is
+//! free. It lets go twice a second all the
 //! same, because it does not know with whom it shares. While it is held there it works in bulk
 //! ([`Bulk`]): a client's first message would wake it up, and the client's others would wait behind
 //! a batch of one.
 //!
-//! A thread that carries out commits sleeps for the device again and again. If write-back takes
-//! its processor meanwhile, it wakes up on its client's. So there, without a copy and with two
-//! processors, it holds its own, and has write-back compute on the same one ([`Offer`]): that
+//! A thread that carries out commits of a request or a few sleeps for the device again and again.
+//! There, without a copy, it holds its own too, but has write-back compute on the same one: that
 //! fills the times in which it sleeps, and the client has the other one. Should it have to wait there
-//! it lets go, and tries that again only after growing gaps.
+//! it lets go, and tries that again only after growing gaps. With more processors it is held nowhere.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -39,7 +38,7 @@ pub(super) struct Seat {
     all: Option<CpuSet>,
     /// While it is held on one processor.
     held: Option<Hold>,
-    /// Meanwhile, beside a copy.
+    /// Meanwhile, where others leave it.
     bulk: Option<Bulk>,
     /// Where write-back is to compute then, and a copy on this machine.
     offer: Arc<Offer>,
@@ -49,13 +48,28 @@ pub(super) struct Seat {
 /// What else of the group computes on this machine now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Beside {
+    /// Or commits that the engine carries out.
     Nothing,
     WriteBack,
-    /// The device, which this thread waits for in commits, whether or not something is written
-    /// back too.
+    /// What is to be written back, but is not just now.
+    Unapplied,
+    /// The device, which this thread waits for in commits of a few requests, whether or not
+    /// something is written back too.
     Commits,
+    /// The same in commits of many.
+    Batches,
     /// A connected copy, whether or not something is written back too.
     Copy,
+}
+
+impl Beside {
+    /// Of two processors others leave this thread one.
+    fn leaves(self) -> bool {
+        match self {
+            Self::Nothing | Self::Commits => false,
+            Self::WriteBack | Self::Unapplied | Self::Batches | Self::Copy => true,
+        }
+    }
 }
 
 impl Seat {
@@ -71,12 +85,14 @@ impl Seat {
         if now < self.decision.due {
             return false;
         }
-        let used = match beside {
-            Beside::WriteBack => None,
-            Beside::Nothing | Beside::Commits | Beside::Copy => {
-                self.account.as_ref().and_then(used)
-            }
+        let pair = self.held.is_some() || has_pair();
+        let beside = match beside {
+            Beside::Batches if !pair => Beside::Commits,
+            Beside::Unapplied if !pair => Beside::Nothing,
+            _ => beside,
         };
+        let matters = pair || !beside.leaves();
+        let used = self.account.as_ref().filter(|_| matters).and_then(used);
         match self.decision.take(now, beside, used, self.held.is_some()) {
             Step::Stay => {}
             Step::Move => return move_over(self.all),
@@ -93,7 +109,7 @@ impl Seat {
     }
 
     fn hold(&mut self, beside: Beside) {
-        if !sched_getaffinity(None).is_ok_and(|allowed| allowed.count() == PAIR) {
+        if !has_pair() {
             return;
         }
         let cpu = sched_getcpu();
@@ -101,13 +117,11 @@ impl Seat {
         if self.held.is_none() {
             return;
         }
-        self.offer.set(match beside {
-            Beside::Commits => Place::On(cpu),
-            Beside::Copy => Place::Off(cpu),
-            Beside::Nothing | Beside::WriteBack => Place::Anywhere,
-        });
-        if beside == Beside::Copy {
+        if beside.leaves() {
+            self.offer.set(Place::Off(cpu));
             self.bulk = Bulk::begin();
+        } else {
+            self.offer.set(Place::On(cpu));
         }
     }
 
@@ -116,6 +130,11 @@ impl Seat {
         self.bulk = None;
         self.held = None;
     }
+}
+
+/// Whether this thread may use as many processors as it is held with.
+fn has_pair() -> bool {
+    sched_getaffinity(None).is_ok_and(|allowed| allowed.count() == PAIR)
 }
 
 /// What this thread has used so far, by its account.
@@ -166,10 +185,12 @@ struct Decision {
 impl Decision {
     /// `used`: None where that does not matter now, or is not known.
     fn take(&mut self, now: u64, beside: Beside, used: Option<Used>, held: bool) -> Step {
-        self.due = now + if beside == Beside::Copy { LOOK_COPY } else { LOOK };
+        self.due = now + if beside.leaves() && used.is_some() { LOOK_LEAVES } else { LOOK };
         let last = std::mem::replace(&mut self.last, used.map(|used| (now, beside, used)));
         let spent = match (last, used) {
-            (Some((then, with, before)), Some(used)) if with == beside && now > then => {
+            (Some((then, with, before)), Some(used))
+                if (with == beside || with.leaves() && beside.leaves()) && now > then =>
+            {
                 let ran = used.ran.saturating_sub(before.ran);
                 Some((now - then, Used { ran, waited: used.waited.saturating_sub(before.waited) }))
             }
@@ -179,14 +200,18 @@ impl Decision {
             self.moved = false;
             return if held { Step::LetGo } else { Step::Stay };
         };
-        if beside == Beside::Copy {
-            self.moved = false;
+        let crowded = spent.waited * CROWDED >= elapsed;
+        if beside.leaves() {
+            // Not held beside a stranger who computes all the time.
+            self.moved = crowded && !held && !self.moved && beside != Beside::Copy;
+            if self.moved {
+                return Step::Move;
+            }
             return self.hold_off(now, elapsed, spent, held);
         }
         if held {
             return self.keep(now, spent.waited * CROWDED_HELD >= elapsed, TURNS_COMMITS);
         }
-        let crowded = spent.waited * CROWDED >= elapsed;
         let go = crowded && !self.moved;
         if !crowded {
             self.gap = LOOK;
@@ -204,7 +229,7 @@ impl Decision {
         }
     }
 
-    /// Whether it is held beside a copy: while it works, be it in turns with its client.
+    /// Whether it is held where others leave: while it works, be it in turns with its client.
     fn hold_off(&mut self, now: u64, elapsed: u64, spent: Used, held: bool) -> Step {
         // Or its clients want to.
         let busy = spent.ran + spent.waited;
@@ -236,9 +261,9 @@ impl Decision {
 
 /// Between two looks, microseconds.
 const LOOK: u64 = 1_000;
-/// The same beside a copy, whose turns are longer.
-const LOOK_COPY: u64 = 8_000;
-/// Looks for which it is held at a time beside a copy.
+/// The same where others leave, whose turns are longer.
+const LOOK_LEAVES: u64 = 8_000;
+/// Looks for which it is held at a time there.
 const TURNS_MAX: u32 = 64;
 /// The same for commits without one.
 const TURNS_COMMITS: u32 = 512;
@@ -248,7 +273,7 @@ const CALM: u32 = 32;
 const CROWDED: u64 = 8;
 /// The same while it is held for commits: with its client it would wait longer.
 const CROWDED_HELD: u64 = 4;
-/// Beside a copy it is held where it computes, or could, for one part of so many of the time,
+/// Where others leave it is held if it computes, or could, for one part of so many of the time,
 const BUSY: u64 = 4;
 /// and let go where for less than one of so many.
 const IDLE: u64 = 8;
@@ -315,16 +340,16 @@ mod tests {
         assert_eq!(take(4000, 1000), (Step::Move, 5000));
     }
 
-    /// Looks beside a copy, each after `LOOK_COPY`, of which so much in a hundred was computed
+    /// Looks beside a copy, each after `LOOK_LEAVES`, of which so much in a hundred was computed
     /// and waited; what is told is done.
     fn beside_copy(decision: &mut Decision, parts: &[(u64, u64)]) -> Vec<Step> {
         let (mut now, mut used, mut held) = (0, Used { ran: 0, waited: 0 }, false);
         decision.take(now, Beside::Copy, Some(used), held);
         let mut steps = Vec::new();
         for (ran, waited) in parts {
-            now += LOOK_COPY;
-            used.ran += LOOK_COPY * ran / 100;
-            used.waited += LOOK_COPY * waited / 100;
+            now += LOOK_LEAVES;
+            used.ran += LOOK_LEAVES * ran / 100;
+            used.waited += LOOK_LEAVES * waited / 100;
             let step = decision.take(now, Beside::Copy, Some(used), held);
             held = step == Step::Hold || held && step != Step::LetGo;
             steps.push(step);
@@ -362,10 +387,10 @@ mod tests {
             }
             held = step == Step::Hold || held && step != Step::LetGo;
             now = decision.due;
-            used.ran += LOOK_COPY / 10;
-            used.waited += LOOK_COPY * if held { 9 } else { 0 } / 10;
+            used.ran += LOOK_LEAVES / 10;
+            used.waited += LOOK_LEAVES * if held { 9 } else { 0 } / 10;
             // Working without waiting for one.
-            used.ran += LOOK_COPY * if held { 0 } else { 8 } / 10;
+            used.ran += LOOK_LEAVES * if held { 0 } else { 8 } / 10;
         }
         let gaps: Vec<u64> = holds.windows(2).map(|pair| pair[1] - pair[0]).collect();
         assert!(gaps.is_sorted() && gaps.len() > 10, "{gaps:?}");
@@ -383,9 +408,10 @@ mod tests {
         );
         assert_eq!(steps.iter().filter(|s| **s == Step::LetGo).count(), 200 / (turns + 1));
         assert_eq!(decision.take(1 << 40, Beside::Copy, None, true), Step::LetGo);
-        for after in [Beside::Nothing, Beside::WriteBack] {
-            assert_eq!(decision.take(1 << 41, after, waited(900_000), true), Step::LetGo);
-            assert_eq!(decision.take(1 << 42, after, None, false), Step::Stay);
+        beside_copy(&mut decision, &[(50, 50); 2]);
+        for now in [1 << 41, 1 << 42] {
+            assert_eq!(decision.take(now, Beside::Nothing, waited(900_000), true), Step::LetGo);
+            decision.take(now + 1, Beside::Copy, waited(900_000), true);
         }
     }
 
@@ -456,7 +482,62 @@ mod tests {
     }
 
     #[test]
-    fn write_back_is_asked_onto_its_processor_beside_commits_and_off_it_beside_a_copy() {
+    fn it_is_held_for_a_copy_for_batches_and_for_write_back_alike() {
+        let mut decision = Decision::default();
+        let (mut now, mut used, mut held) = (0, Used { ran: 0, waited: 0 }, false);
+        let mut steps = Vec::new();
+        for beside in [Beside::Unapplied, Beside::Batches, Beside::Copy, Beside::WriteBack] {
+            let step = decision.take(now, beside, Some(used), held);
+            held = step == Step::Hold || held && step != Step::LetGo;
+            steps.push(step);
+            now = decision.due;
+            used.ran += LOOK_LEAVES / 2;
+        }
+        assert_eq!(steps, [Step::Stay, Step::Hold, Step::Stay, Step::Stay]);
+        // Alone it moves again.
+        assert_eq!(decision.take(now, Beside::Nothing, Some(used), held), Step::LetGo);
+    }
+
+    #[test]
+    fn where_no_copy_is_it_moves_once_from_where_it_waits_before_it_is_held() {
+        for (beside, expected) in [
+            (Beside::Unapplied, [Step::Stay, Step::Move, Step::Hold, Step::Stay]),
+            (Beside::Batches, [Step::Stay, Step::Move, Step::Hold, Step::Stay]),
+            (Beside::Copy, [Step::Stay, Step::Hold, Step::Stay, Step::Stay]),
+        ] {
+            let mut decision = Decision::default();
+            let (mut now, mut used, mut held) = (0, Used { ran: 0, waited: 0 }, false);
+            let steps = expected.map(|_| {
+                let step = decision.take(now, beside, Some(used), held);
+                held = step == Step::Hold || held && step != Step::LetGo;
+                now = decision.due;
+                used.ran += LOOK_LEAVES / 4;
+                used.waited += LOOK_LEAVES / 4;
+                step
+            });
+            assert_eq!(steps, expected);
+        }
+    }
+
+    #[test]
+    fn with_more_processors_than_two_it_is_held_for_nobody() {
+        let allowed = sched_getaffinity(None).unwrap();
+        let mut seat = Seat::new(Arc::default());
+        for beside in [Beside::Copy, Beside::WriteBack, Beside::Batches, Beside::Commits] {
+            seat.hold(beside);
+            assert_eq!(seat.held.is_some(), allowed.count() == PAIR);
+            seat.let_go();
+        }
+        // Nor is it looked for there.
+        seat.look(1, Beside::Unapplied);
+        let kept = seat.decision.last.map(|(_, beside, _)| beside);
+        let pair = allowed.count() == PAIR;
+        assert_eq!(kept, Some(if pair { Beside::Unapplied } else { Beside::Nothing }));
+        assert_eq!(sched_getaffinity(None).unwrap(), allowed);
+    }
+
+    #[test]
+    fn write_back_is_asked_onto_its_processor_beside_small_commits_and_off_it_elsewhere() {
         let (before, allowed) = two();
         let offer = Arc::new(Offer::default());
         let mut seat = Seat::new(offer.clone());
@@ -465,6 +546,8 @@ mod tests {
             |place: fn(usize) -> Place| if held { place(sched_getcpu()) } else { Place::Anywhere };
         for (beside, place, in_bulk) in [
             (Beside::Copy, Place::Off as fn(usize) -> Place, true),
+            (Beside::WriteBack, Place::Off, true),
+            (Beside::Batches, Place::Off, true),
             (Beside::Commits, Place::On, false),
         ] {
             seat.hold(beside);

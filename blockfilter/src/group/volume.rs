@@ -7,6 +7,7 @@
 //! one thread; never blocks except to complete a write that is no multiple of a sector.
 
 mod admit;
+mod here;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -15,6 +16,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+pub use self::here::Commit;
+use self::here::Here;
 use super::landing::Landing;
 use crate::apply::SealedBatch;
 use crate::arena::{Arena, Word};
@@ -313,9 +316,18 @@ impl Volume {
         self.filter.applying().is_some()
     }
 
-    /// Whether commits are carried out by the caller of [`Volume::turn`] these days.
-    pub fn commits_here(&self, now: u64) -> bool {
-        self.here.is_recent(now)
+    /// Whether there are any that are not known to be written to their disks.
+    pub fn has_unapplied(&self) -> bool {
+        self.filter.has_unapplied()
+    }
+
+    /// The last commit that clients waited for, if that was lately: whether the caller of [`Volume::turn`]
+    /// carried it out.
+    pub fn commits(&mut self, now: u64) -> Option<Commit> {
+        if self.filter.is_awaited() {
+            self.here.awaited(now);
+        }
+        self.here.recent(now)
     }
 
     /// See [`Target::seat`].
@@ -410,9 +422,9 @@ impl Volume {
     }
 
     fn commit_here(&mut self, op: Op) {
-        let before = self.clock.mono_us();
+        let (before, bytes) = (self.clock.mono_us(), self.filter.undurable());
         self.done.push(self.target.execute(op));
-        self.here.took(before, self.clock.mono_us());
+        self.here.took(before, self.clock.mono_us(), bytes);
     }
 
     fn handle(&mut self, done: Done, events: &mut Vec<VolumeEvent>, now: u64) {
@@ -653,42 +665,6 @@ impl Drop for Volume {
     }
 }
 
-/// When commits are made in the group's thread. (pure)
-#[derive(Debug, Default)]
-struct Here {
-    /// Not before, monotonic microseconds.
-    from: u64,
-    /// What the parts of this commit took there until now, microseconds.
-    parts: u64,
-    /// The end of the last part, if there was one.
-    last: Option<u64>,
-}
-
-impl Here {
-    fn may(&self, now: u64) -> bool {
-        now >= self.from
-    }
-
-    /// The last part was made there lately.
-    fn is_recent(&self, now: u64) -> bool {
-        self.last.is_some_and(|last| now < last + HERE_LATELY)
-    }
-
-    /// A part of one was made there, between these times.
-    fn took(&mut self, before: u64, after: u64) {
-        self.parts += after.saturating_sub(before);
-        self.last = Some(after);
-        if self.parts > HERE_MAX {
-            self.from = after + (self.parts * HERE_PAUSE).clamp(HERE_PAUSE_MIN, HERE_PAUSE_MAX);
-        }
-    }
-
-    /// That was the last part.
-    fn ended(&mut self) {
-        self.parts = 0;
-    }
-}
-
 /// Clients wait for commits if one did in the last so many microseconds.
 const AWAITED_LATELY: u64 = 1_000_000;
 /// Whether a checkpoint stands in somebody's way, and need not be quick. (pure)
@@ -726,16 +702,6 @@ const RETIRE_BLOCKS: u64 = 512;
 /// Bytes that stay free on a file system that holds a sparse image.
 pub const SPACE_MARGIN: u64 = 16 << 20;
 const SPACE_CHECK_EVERY: u64 = 50_000;
-/// A commit in the group's thread that took longer than this, microseconds, ...
-const HERE_MAX: u64 = 5_000;
-/// ... lets the engine do them for so many times as long: such ones, up to 4 s, keep the thread
-/// for a sixteenth of the time at most, ...
-const HERE_PAUSE: u64 = 15;
-/// ... but at least for so long, and, where the journal hung for seconds, at most, microseconds.
-const HERE_PAUSE_MIN: u64 = 250_000;
-const HERE_PAUSE_MAX: u64 = 60_000_000;
-/// Commits are made in the group's thread while the last such one is no older, microseconds.
-const HERE_LATELY: u64 = 5_000;
 
 #[cfg(test)]
 mod tests {
@@ -750,33 +716,6 @@ mod tests {
         assert!(calm.look(6 + AWAITED_LATELY, false) && !calm.look(7 + AWAITED_LATELY, false));
         calm.awaited();
         assert!(calm.look(8 + AWAITED_LATELY, false));
-    }
-
-    #[test]
-    fn slow_commits_of_seconds_at_most_keep_the_thread_for_a_sixteenth_of_the_time_at_most() {
-        let (mut here, mut now, mut kept) = (Here::default(), 0, 0);
-        assert!(!here.is_recent(now));
-        for took in [200, HERE_MAX, HERE_MAX + 1, 7_000, 40_000, 2_000_000] {
-            let part = took / 3;
-            here.took(now, now + part);
-            assert_eq!(here.may(now + part), part <= HERE_MAX);
-            here.took(now + part, now + took);
-            here.ended();
-            now += took;
-            assert!(here.is_recent(now + HERE_LATELY - 1) && !here.is_recent(now + HERE_LATELY));
-            let slow = took > HERE_MAX;
-            assert_eq!(here.may(now), !slow);
-            if slow {
-                kept += took;
-                assert!(!here.may(now + (took * 14).max(249_999)));
-                now += (took * 15).max(250_000);
-                assert!(here.may(now));
-            }
-        }
-        assert!(kept * 16 <= now);
-        here.took(now, now + 3_600_000_000);
-        assert!(!here.may(now + 3_660_000_000 - 1));
-        assert!(here.may(now + 3_660_000_000));
     }
 
     #[test]

@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, epoll, poll};
 
 use super::super::ctl::Ctl;
 use super::super::seat::Beside;
+use super::super::volume::Commit;
 use super::{SWEEP_EVERY, Server, timespec};
 
 /// What was learned from the last waits.
@@ -100,7 +101,8 @@ impl Server {
         touched.clear();
         let start = self.clock.mono_us();
         self.awake.look(start);
-        if self.seat.look(start, self.beside(start)) {
+        let beside = self.beside(start);
+        if self.seat.look(start, beside) {
             self.wait.spin = Spin::default();
         }
         self.choose_direct(start);
@@ -135,15 +137,16 @@ impl Server {
         Ok(self.clock.mono_us())
     }
 
-    fn beside(&self, now: u64) -> Beside {
+    fn beside(&mut self, now: u64) -> Beside {
         if self.ctls.values().any(Ctl::follows) {
-            Beside::Copy
-        } else if self.volume.commits_here(now) {
-            Beside::Commits
-        } else if self.volume.is_applying() {
-            Beside::WriteBack
-        } else {
-            Beside::Nothing
+            return Beside::Copy;
+        }
+        match self.volume.commits(now) {
+            Some(Commit::Small) => Beside::Commits,
+            Some(Commit::Batch) => Beside::Batches,
+            None if self.volume.is_applying() => Beside::WriteBack,
+            None if self.volume.has_unapplied() => Beside::Unapplied,
+            Some(Commit::Elsewhere) | None => Beside::Nothing,
         }
     }
 
